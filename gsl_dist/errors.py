@@ -1,0 +1,90 @@
+"""What can go wrong, as few classes that carry fields instead of prose.
+
+A caller's mistake is a `BadInput`: it names the field, the value that was given and what is allowed, and the doors
+turn it into exit code 2 or a 4xx answer. A file that is missing, cut short or altered is an `ArtefactError`. All of
+them cross Ray workers, so they survive pickling with their fields.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class GslError(Exception):
+    """The root: everything that gsl_dist raises on purpose."""
+
+
+class BadInput(GslError, ValueError):  # noqa: N818 - reads as what it is
+    """A value that a caller can put right.
+
+    Args:
+        field: the dotted name of what was given, such as `train.batch_size` or `k`.
+        value: what was given; shown shortened.
+        allowed: what would be accepted, in words.
+        status: the HTTP status that a door answers with.
+    """
+
+    def __init__(self, field: str, value: Any, allowed: str, status: int = 400) -> None:
+        self.field, self.value, self.allowed, self.status = field, shorten(value), allowed, status
+        super().__init__(f"{field}: got {self.value}, but {allowed}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+class ConfigError(BadInput):
+    """A setting that no stage accepts."""
+
+
+class DataError(BadInput):
+    """A corpus, or rows of one, that cannot be used as they are."""
+
+
+class QueryError(BadInput):
+    """A search request that cannot be answered."""
+
+
+class ArtefactError(GslError):
+    """A file of an artefact is absent, cut short, altered, or belongs to another artefact.
+
+    Args:
+        path: the file or folder.
+        reason: what is wrong and what would be right.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = str(path), reason
+        super().__init__(f"{path}: {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+class ShardUnavailable(GslError):  # noqa: N818
+    """Shards did not answer and the caller asked for all of them.
+
+    Args:
+        missing: names of the shards.
+        total: how many shards the version has.
+    """
+
+    def __init__(self, missing: list[str], total: int) -> None:
+        self.missing, self.total = list(missing), total
+        super().__init__(f"{len(self.missing)} of {total} shards did not answer: {', '.join(self.missing)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """Show a value in at most `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _restore(kind: type[GslError], args: tuple[Any, ...], fields: dict[str, Any]) -> GslError:
+    # The constructors take fields, not the message, so the default pickling (which calls them with the message) fails.
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error

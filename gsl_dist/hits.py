@@ -1,0 +1,81 @@
+"""What a search answers, and how answers of several shards become one.
+
+`Hits` is the one result of the local searcher, the router and the client. It says how many shards answered, so that a
+partial answer shows that it is partial.
+"""
+
+# Shapes: Q queries, k neighbours, S answers to merge
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_ID = -1
+FAR = np.float32(np.finfo(np.float32).max)
+"""The distance that stands beside id -1, where a query found fewer than k: the same that faiss gives."""
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The nearest items of each query, nearest first.
+
+    It unpacks like the pair that faiss returns: `distances, ids = hits`.
+
+    Args:
+        ids: int64, -1 where there is no further hit.
+        distances: squared L2, smaller is nearer; the largest float32 where the id is -1.
+        shards_answered: how many shards took part.
+        shards_total: how many the version has.
+        version: the version that answered.
+
+    Shapes: ids (Q, k) int64; distances (Q, k) float32.
+    """
+
+    ids: NDArray[np.int64]
+    distances: NDArray[np.float32]
+    shards_answered: int
+    shards_total: int
+    version: str = ""
+
+    def __iter__(self) -> Iterator[NDArray[np.generic]]:
+        yield self.distances
+        yield self.ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def is_partial(self) -> bool:
+        """Tell whether some shards are missing from the answer."""
+        return self.shards_answered < self.shards_total
+
+
+def merge_topk(answers: Sequence[Hits], k: int) -> Hits:
+    """Merge answers over disjoint sets of items into the k nearest of all.
+
+    Equal distances are ordered by id, so the result does not depend on which shard held what.
+
+    Shapes: S answers of (Q, any) -> (Q, k).
+    """
+    ids = np.concatenate([answer.ids for answer in answers], axis=1)
+    distances = np.concatenate([answer.distances for answer in answers], axis=1)
+    ids, distances = _take_nearest(ids, distances, min(k, ids.shape[1]))
+    if ids.shape[1] < k:
+        gap = ((0, 0), (0, k - ids.shape[1]))
+        ids = np.pad(ids, gap, constant_values=NO_ID)
+        distances = np.pad(distances, gap, constant_values=FAR)
+    answered = sum(answer.shards_answered for answer in answers)
+    total = max(answered, max(answer.shards_total for answer in answers))
+    return Hits(ids, distances, answered, total, answers[0].version)
+
+
+def _take_nearest(
+    ids: NDArray[np.int64], distances: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    # Ids are compared unsigned, so that -1 (nothing found) sorts behind every real hit of the same distance.
+    order = np.lexsort((ids.view(np.uint64), distances), axis=1)[:, :k]
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(distances, order, axis=1)

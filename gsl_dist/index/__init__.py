@@ -1,0 +1,1 @@
+"""Versions on disk and the search over them: faiss and numpy, no torch, no Ray."""

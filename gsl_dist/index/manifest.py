@@ -1,0 +1,186 @@
+"""An index is a folder of immutable versions and one small pointer to the version that is served.
+
+    <index>/CURRENT.json                       {"version": "..."}
+    <index>/versions/<version>/manifest.json   written last: no manifest, no version
+    <index>/versions/<version>/codebook.safetensors
+    <index>/versions/<version>/shard-00000.faiss, payload-00000.parquet, ...
+    <index>/versions/<version>/model/...       the encoder that queries pass through, if there is one
+
+The manifest pins every file by size and SHA-256, and itself by a digest, and names the codebook's fingerprint: the
+same in every shard. Rolling back is promoting the version before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from gsl_dist.codebook import Codebook
+from gsl_dist.config import Strict
+from gsl_dist.errors import ArtefactError, BadInput
+from gsl_dist.storage import FileEntry, Folder
+
+MANIFEST, POINTER, CODEBOOK = "manifest.json", "CURRENT.json", "codebook.safetensors"
+VERSION_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+class ShardEntry(Strict):
+    """One shard of a version: its index file and, where the corpus has one, its payload."""
+
+    name: str
+    rows: int = Field(ge=0)
+    index: FileEntry
+    payload: FileEntry | None = None
+
+
+class Manifest(Strict):
+    """Everything that a version holds.
+
+    `bytes_per_item` counts the code alone; the cell is implied by the list a code lies in, and faiss keeps eight more
+    bytes for the id.
+    """
+
+    version: str
+    created: str
+    fingerprint: str
+    metric: str = "l2"
+    dim: int
+    cells: int
+    sub_vectors: int
+    bits: int
+    residual: bool
+    bytes_per_item: int
+    rows: int
+    shards: list[ShardEntry]
+    codebook: FileEntry
+    model: list[FileEntry] = []
+    model_fingerprint: str | None = None
+    configs: dict[str, Any] = {}
+    software: dict[str, str] = {}
+
+    @property
+    def files(self) -> list[FileEntry]:
+        """List every file of the version but the manifest."""
+        shards = [entry for shard in self.shards for entry in (shard.index, shard.payload) if entry]
+        return [self.codebook, *self.model, *shards]
+
+
+def version_folder(index: Folder, version: str) -> Folder:
+    """Name the folder of a version.
+
+    Raises:
+        BadInput: the name is no version name.
+    """
+    if not re.fullmatch(VERSION_NAME, version):
+        raise BadInput("version", version, f"a version name must match {VERSION_NAME}", status=404)
+    return index.child(f"versions/{version}")
+
+
+def publish_version(index: Folder, manifest: Manifest) -> None:
+    """Make a version exist: write its manifest, after everything it names is in place.
+
+    Raises:
+        BadInput: a version of that name exists; versions are immutable.
+    """
+    folder = version_folder(index, manifest.version)
+    if folder.exists(MANIFEST):
+        raise BadInput("version", manifest.version, "a version is immutable and this one exists; choose another name")
+    content = manifest.model_dump(mode="json")
+    folder.write_json(MANIFEST, content | {"digest": _digest(content)})
+
+
+def list_versions(index: Folder) -> list[str]:
+    """List the versions that have a manifest, by name."""
+    versions = index.child("versions")
+    return [name for name in versions.names(folders=True) if versions.child(name).exists(MANIFEST)]
+
+
+def current_version(index: Folder) -> str | None:
+    """Give the name of the version that is served, if one was promoted."""
+    return str(index.read_json(POINTER)["version"]) if index.exists(POINTER) else None
+
+
+def open_version(index: Folder, version: str | None = None) -> Manifest:
+    """Read a version's manifest and check it against its own digest.
+
+    Args:
+        index: the index folder.
+        version: its name; the promoted one if not given.
+
+    Raises:
+        BadInput: there is no such version, or none was promoted.
+        ArtefactError: the manifest is cut short or altered.
+    """
+    name = version if version is not None else current_version(index)
+    known = ", ".join(list_versions(index)) or "none"
+    if name is None:
+        raise BadInput("version", None, f"none is promoted in {index.path()}; versions here: {known}", status=404)
+    folder = version_folder(index, name)
+    if not folder.exists(MANIFEST):
+        raise BadInput("version", name, f"{index.path()} has no such version; versions here: {known}", status=404)
+    content = folder.read_json(MANIFEST)
+    try:
+        wanted = content.pop("digest")
+        manifest = Manifest.model_validate(content)
+    except (ValidationError, KeyError, AttributeError, TypeError) as error:
+        raise ArtefactError(folder.path(MANIFEST), f"it is not a manifest ({type(error).__name__})") from error
+    if _digest(content) != wanted or manifest.version != name:
+        raise ArtefactError(folder.path(MANIFEST), "its content differs from the digest recorded when it was written")
+    return manifest
+
+
+def open_codebook(index: Folder, manifest: Manifest) -> Codebook:
+    """Read the codebook of a version.
+
+    Raises:
+        ArtefactError: it is altered, or is not the one the version was built with.
+    """
+    folder = version_folder(index, manifest.version)
+    folder.check(manifest.codebook)
+    codebook = Codebook.load(folder, manifest.codebook.name)
+    if codebook.fingerprint != manifest.fingerprint:
+        raise ArtefactError(
+            folder.path(manifest.codebook.name),
+            f"codebook {codebook.fingerprint} does not fit version {manifest.version}, built with {manifest.fingerprint}",
+        )
+    return codebook
+
+
+def promote_version(index: Folder, version: str) -> Manifest:
+    """Let a version be the one that is served, and give its manifest.
+
+    Raises:
+        BadInput: there is no such version.
+    """
+    manifest = open_version(index, version)
+    index.write_json(POINTER, {"version": version})
+    return manifest
+
+
+def verify_version(index: Folder, version: str | None = None) -> list[ArtefactError]:
+    """Check every file of a version against the manifest and give what is wrong; empty if all is well.
+
+    Raises:
+        BadInput, ArtefactError: the version does not exist, or the manifest itself is damaged.
+    """
+    manifest = open_version(index, version)
+    folder, faults = version_folder(index, manifest.version), []
+    for entry in manifest.files:
+        try:
+            folder.check(entry)
+        except ArtefactError as fault:
+            faults.append(fault)
+    try:
+        open_codebook(index, manifest)
+    except ArtefactError as fault:
+        if fault.path not in {known.path for known in faults}:
+            faults.append(fault)
+    return faults
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,170 @@
+"""Search over the shards of a version in one process.
+
+`LocalSearcher` verifies and opens shards, searches them with faiss's threads and merges. It is what a replica holds,
+what `gsl search` uses on a folder, and the yardstick that the service is compared with. Every parameter travels with
+the call: nothing is ever set on an index that other threads may be searching.
+"""
+
+# Shapes: Q queries, D dims, k neighbours
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gsl_dist.codebook import Codebook, FloatArray
+from gsl_dist.errors import QueryError
+from gsl_dist.hits import Hits, merge_topk
+from gsl_dist.index.ivfpq import read_shard
+from gsl_dist.index.manifest import Manifest, ShardEntry, open_codebook, open_version, version_folder
+from gsl_dist.storage import Folder
+
+MAX_K = 16_384
+DEFAULT_PROBES = 16
+
+
+def check_queries(queries: ArrayLike, dim: int) -> FloatArray:
+    """Give queries as a float32 matrix, or say what is wrong with them.
+
+    Shapes: (Q, D), or (D,) for a single query -> (Q, D) float32, contiguous.
+    Raises:
+        QueryError: not numbers, of another dimension, or not finite.
+    """
+    try:
+        matrix = np.ascontiguousarray(queries, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise QueryError("vectors", type(queries).__name__, f"they must be rows of {dim} numbers each") from None
+    matrix = matrix[None] if matrix.ndim == 1 else matrix
+    if matrix.ndim != 2 or matrix.shape[1] != dim:
+        raise QueryError("vectors", f"shape {matrix.shape}", f"the index holds vectors of {dim} numbers")
+    finite = np.isfinite(matrix).all(axis=1)
+    if not finite.all():
+        raise QueryError(
+            "vectors", f"row {int(np.argmin(finite))}", "every number must be finite (no NaN, no infinity)"
+        )
+    return matrix
+
+
+def check_counts(k: int, probes: int | None, cells: int) -> tuple[int, int]:
+    """Check how many neighbours and cells are asked for; `None` probes means the default for the index.
+
+    Raises:
+        QueryError: out of range.
+    """
+    if not 1 <= k <= MAX_K:
+        raise QueryError("k", k, f"it must be 1 to {MAX_K}")
+    probes = min(DEFAULT_PROBES, cells) if probes is None else probes
+    if not 1 <= probes <= cells:
+        raise QueryError("probes", probes, f"it must be 1 to {cells}, the cells of this index")
+    return k, probes
+
+
+@dataclass(frozen=True)
+class LocalSearcher:
+    """Shards of one version, open in this process.
+
+    Args:
+        manifest: the version.
+        codebook: its codebook.
+        shards: the open faiss indexes, by shard name.
+    """
+
+    manifest: Manifest
+    codebook: Codebook
+    shards: dict[str, faiss.IndexIVFPQ]
+
+    def search(self, queries: ArrayLike, k: int = 10, *, probes: int | None = None) -> Hits:
+        """Give the k nearest items of each query among the shards held here.
+
+        Args:
+            queries: vectors of the index's dimension.
+            k: neighbours wanted for each.
+            probes: cells to look into; by default 16, or all if there are fewer.
+
+        Shapes: queries (Q, D) or (D,) -> ids (Q, k) int64, distances (Q, k) float32.
+        Raises:
+            QueryError: queries, k or probes are out of range.
+        """
+        matrix = check_queries(queries, self.codebook.dim)
+        k, probes = check_counts(k, probes, self.codebook.cells)
+        return self.search_checked(matrix, k, probes)
+
+    def search_checked(self, queries: FloatArray, k: int, probes: int) -> Hits:
+        """Search without looking at the arguments again: for a replica behind a router that has."""
+        # The coarse step is the same in every shard: done once, then each shard scans the same cells.
+        reach, cells = self._quantizer.search(queries, probes)
+        total, version = len(self.manifest.shards), self.manifest.version
+        answers = [Hits(*scan_cells(s, queries, k, cells, reach), 1, total, version) for s in self.shards.values()]
+        return merge_topk(answers, k)
+
+    @property
+    def rows(self) -> int:
+        """Give the number of items held here."""
+        return int(sum(shard.ntotal for shard in self.shards.values()))
+
+    @property
+    def _quantizer(self) -> faiss.Index:
+        return next(iter(self.shards.values())).quantizer
+
+
+def scan_cells(
+    shard: faiss.IndexIVFPQ, queries: FloatArray, k: int, cells: NDArray[np.int64], reach: FloatArray
+) -> tuple[NDArray[np.int64], FloatArray]:
+    """Scan given cells of one shard for the k nearest items of each query.
+
+    Shapes: queries (Q, D); cells, reach (Q, probes) -> ids (Q, k) int64, distances (Q, k) float32.
+    """
+    ids = np.empty((len(queries), k), np.int64)
+    distances = np.empty((len(queries), k), np.float32)
+    # faiss's own wrapper of this call takes no parameters and would read the probes from the shared index.
+    shard.search_preassigned_c(
+        len(queries),
+        faiss.swig_ptr(queries),
+        k,
+        faiss.swig_ptr(cells),
+        faiss.swig_ptr(reach),
+        faiss.swig_ptr(distances),
+        faiss.swig_ptr(ids),
+        False,
+        faiss.SearchParametersIVF(nprobe=cells.shape[1]),
+    )
+    return ids, distances
+
+
+def open_searcher(
+    location: str, version: str | None = None, *, names: Sequence[str] | None = None, threads: int | None = None
+) -> LocalSearcher:
+    """Verify and open the shards of a version.
+
+    Args:
+        location: the index folder.
+        version: its name; the promoted one if not given.
+        names: the shards to open; all if not given.
+        threads: faiss threads of this process; left alone if not given.
+
+    Raises:
+        BadInput: no such version or shard.
+        ArtefactError: a file is damaged or was built with another codebook.
+    """
+    if threads is not None:
+        faiss.omp_set_num_threads(threads)
+    index = Folder(location)
+    manifest = open_version(index, version)
+    codebook = open_codebook(index, manifest)
+    entries = [shard for shard in manifest.shards if names is None or shard.name in names]
+    missing = set(names or ()) - {shard.name for shard in entries}
+    if missing or not entries:
+        known = ", ".join(shard.name for shard in manifest.shards)
+        raise QueryError("shards", sorted(missing), f"version {manifest.version} has {known}", status=404)
+    folder = version_folder(index, manifest.version)
+    return LocalSearcher(manifest, codebook, {entry.name: _open_shard(folder, entry, codebook) for entry in entries})
+
+
+def _open_shard(folder: Folder, entry: ShardEntry, codebook: Codebook) -> faiss.IndexIVFPQ:
+    folder.check(entry.index)
+    with folder.local(entry.index.name) as path:
+        return read_shard(path, codebook)
