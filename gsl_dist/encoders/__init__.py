@@ -1,0 +1,13 @@
+"""Encoders: networks that turn items (images, vectors) into representations."""
+
+from gsl_dist.encoders.backbones import (
+    CnnConfig,
+    Encoder,
+    EncoderConfig,
+    MlpConfig,
+    ModuleConfig,
+    TableConfig,
+    make_encoder,
+)
+
+__all__ = ["CnnConfig", "Encoder", "EncoderConfig", "MlpConfig", "ModuleConfig", "TableConfig", "make_encoder"]

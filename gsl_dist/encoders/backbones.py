@@ -1,0 +1,145 @@
+"""Networks for vectors and small images, any torch module by its import path, and none for finished features.
+
+An `Encoder` takes items as the corpus gives them (float32 vectors, or uint8 images with channels last) and gives
+representations of `dim` numbers. It normalizes over channels, never over the batch, so that a row's representation
+depends on that row alone: one worker and many train the same network.
+"""
+
+# Shapes: N items, D dims of a representation, H W channels of an image
+
+from __future__ import annotations
+
+import importlib
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gsl_dist.config import Strict
+from gsl_dist.errors import ConfigError
+
+
+class MlpConfig(Strict):
+    """A perceptron for vectors (images are flattened)."""
+
+    kind: Literal["mlp"]
+    dim: int = Field(default=64, ge=1)
+    hidden: tuple[int, ...] = (256,)
+    normalize: bool = True
+
+
+class CnnConfig(Strict):
+    """A small convolutional network for small images; each stage halves the sides."""
+
+    kind: Literal["cnn"]
+    dim: int = Field(default=64, ge=1)
+    channels: tuple[int, ...] = Field(default=(32, 64, 128), min_length=1)
+    normalize: bool = True
+
+
+class ModuleConfig(Strict):
+    """Your own network: `target: "package.module:callable"`, called with `arguments`, gives a torch module.
+
+    The module gets float32 vectors (N, D_in), or float32 images (N, C, H, W) from -1 to 1, and gives (N, dim).
+    """
+
+    kind: Literal["module"]
+    target: str = Field(pattern=r"^[\w.]+:[\w.]+$")
+    arguments: dict[str, Any] = {}
+    dim: int = Field(ge=1)
+    normalize: bool = True
+
+
+class TableConfig(Strict):
+    """No network: the vectors of the corpus are the representations already."""
+
+    kind: Literal["table"]
+    normalize: bool = False
+
+
+EncoderConfig = Annotated[MlpConfig | CnnConfig | ModuleConfig | TableConfig, Field(discriminator="kind")]
+
+
+class Encoder(nn.Module):
+    """Items in, representations out.
+
+    Args:
+        backbone: takes prepared float32 items.
+        dim: D, the length of a representation.
+        normalize: scale every representation to length 1.
+    """
+
+    def __init__(self, backbone: nn.Module, dim: int, *, normalize: bool) -> None:
+        super().__init__()
+        self.backbone, self.dim, self.normalize = backbone, dim, normalize
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Give representations.
+
+        Shapes: (N, D_in) float32 or (N, H, W, channels) uint8 -> (N, D) float32.
+        """
+        y_ND: Tensor = self.backbone(_prepare(items))
+        return F.normalize(y_ND, dim=1) if self.normalize else y_ND
+
+
+def make_encoder(config: EncoderConfig, item_shape: tuple[int, ...]) -> Encoder:
+    """Give an untrained encoder for items of this shape.
+
+    Raises:
+        ConfigError: the encoder cannot take such items, or the target cannot be imported.
+    """
+    if isinstance(config, TableConfig):
+        _want_shape(config.kind, item_shape, axes=1)
+        return Encoder(nn.Identity(), item_shape[0], normalize=config.normalize)
+    if isinstance(config, ModuleConfig):
+        return Encoder(_import_module(config), config.dim, normalize=config.normalize)
+    if isinstance(config, CnnConfig):
+        _want_shape(config.kind, item_shape, axes=3)
+        backbone: nn.Module = _make_cnn(item_shape[2], config)
+    else:
+        backbone = _make_mlp(int(torch.Size(item_shape).numel()), config)
+    return Encoder(backbone, config.dim, normalize=config.normalize)
+
+
+def _prepare(items: Tensor) -> Tensor:
+    if items.dtype == torch.uint8:
+        return items.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return items
+
+
+def _make_mlp(width: int, config: MlpConfig) -> nn.Module:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise((width, *config.hidden)):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear((width, *config.hidden)[-1], config.dim))
+
+
+def _make_cnn(channels: int, config: CnnConfig) -> nn.Module:
+    layers: list[nn.Module] = []
+    for before, after in pairwise((channels, *config.channels)):
+        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.GroupNorm(min(8, after), after), nn.ReLU()]
+        layers += [nn.MaxPool2d(2, ceil_mode=True)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(config.channels[-1], config.dim))
+
+
+def _import_module(config: ModuleConfig) -> nn.Module:
+    path, _, name = config.target.partition(":")
+    try:
+        factory = getattr(importlib.import_module(path), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            "encoder.target", config.target, f"it must be importable as module:callable ({error})"
+        ) from error
+    module = factory(**config.arguments)
+    if not isinstance(module, nn.Module):
+        raise ConfigError("encoder.target", config.target, f"it must give a torch module, not {type(module).__name__}")
+    return module
+
+
+def _want_shape(kind: str, item_shape: tuple[int, ...], *, axes: int) -> None:
+    if len(item_shape) != axes:
+        wanted = {1: "vectors", 3: "images"}[axes]
+        raise ConfigError("encoder.kind", kind, f"it takes {wanted}, but the corpus has items of shape {item_shape}")

@@ -1,0 +1,259 @@
+"""The training loop: the network and the codebook take turns.
+
+Warm-up epochs follow the similarity loss alone. Then, before every snapping epoch (or every few), the codebook is
+refitted to what the network gives now, and while the network moves on, the snapping layer bends its gradient toward
+the codewords. The codebook of the last epoch is the one that the network landed on; it is not touched afterwards.
+
+`fit` takes an iterable of batches an epoch and two callables; it knows neither files, nor Ray, nor how many workers
+there are. In a process group every worker sees its rows of each batch, the loss sees all of them, and gradients are
+summed: any number of workers takes the same steps at an equal global batch.
+"""
+
+# Shapes: N rows of this worker, D dims
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gsl_dist.codebook import Codebook
+from gsl_dist.config import Strict
+from gsl_dist.encoders import Encoder
+from gsl_dist.errors import GslError
+from gsl_dist.losses import SimilarityLoss
+from gsl_dist.quantizers import Trained
+from gsl_dist.snap import SnappingLayer
+
+Batch = tuple[Tensor, Tensor]
+Refresh = Callable[["Training"], Trained]
+
+
+class FitConfig(Strict):
+    """How long and how fast a network is trained."""
+
+    epochs: int = Field(default=20, ge=1)
+    warmup_epochs: int = Field(default=5, ge=0, description="epochs of the similarity loss alone")
+    refresh_epochs: int = Field(default=1, ge=1, description="snapping epochs between two fits of the codebook")
+    batch_size: int = Field(default=256, ge=2, description="rows of a step, all workers together")
+    samples_per_class: int | None = Field(
+        default=None, ge=2, description="rows of each class in a batch; None: as drawn"
+    )
+    learning_rate: float = Field(default=1e-3, gt=0)
+    proxy_learning_rate: float = Field(default=1e-2, gt=0, description="for the parameters of the loss, if it has any")
+    weight_decay: float = Field(default=1e-4, ge=0)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> FitConfig:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be fewer than epochs ({self.epochs})")
+        return self
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch did; `quantization_error` is relative to the variance, None in warm-up epochs."""
+
+    epoch: int
+    phase: str
+    loss: float
+    quantization_error: float | None = None
+    fallback_rate: float | None = None
+    cosine: float | None = None
+    energy: float | None = None
+
+
+class Diverged(GslError):  # noqa: N818
+    """The loss is no longer a number."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        super().__init__(
+            f"training diverged in epoch {epoch}: the loss is not finite; the last good state is that of epoch "
+            f"{epoch - 1}; try a lower fit.learning_rate or snap.beta"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Diverged, (self.epoch,)
+
+
+@dataclass
+class Training:
+    """Everything that moves during training, and what a checkpoint holds of it."""
+
+    encoder: Encoder
+    loss: SimilarityLoss
+    snapping: SnappingLayer
+    config: FitConfig
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    codebook: Codebook | None = None
+    history: list[EpochRecord] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.encoder.to(self.device)
+        self.loss.to(self.device)
+        groups = [{"params": list(self.encoder.parameters()), "lr": self.config.learning_rate}]
+        if extra := list(self.loss.parameters()):
+            groups.append({"params": extra, "lr": self.config.proxy_learning_rate})
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    @property
+    def epoch(self) -> int:
+        """Give the number of epochs that are done."""
+        return len(self.history)
+
+    def state(self) -> dict[str, Any]:
+        """Give all that is needed to go on from here, as tensors and plain values."""
+        codebook = self.codebook
+        return {
+            "encoder": self.encoder.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "history": [asdict(record) for record in self.history],
+            "codebook": codebook and {"coarse": torch.tensor(codebook.coarse), "books": torch.tensor(codebook.books)},
+            "residual": codebook.residual if codebook else None,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state given by `state`."""
+        self.encoder.load_state_dict(state["encoder"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self.history = [EpochRecord(**record) for record in state["history"]]
+        if state["codebook"]:
+            arrays = {name: array.numpy() for name, array in state["codebook"].items()}
+            self.codebook = Codebook(residual=state["residual"], **arrays)
+
+    def set_rates(self, step: float) -> None:
+        """Set the learning rates for a place in the run, from 0 to 1: half a cosine down to zero."""
+        for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = base * 0.5 * (1 + math.cos(math.pi * step))
+
+
+def fit(
+    training: Training,
+    batches: Callable[[int], Iterable[Batch]],
+    refresh: Refresh,
+    on_epoch: Callable[[Training], None] = lambda training: None,
+) -> None:
+    """Train until `config.epochs` are done, from wherever `training` stands.
+
+    Args:
+        training: the network, the loss, the snapping layer and how far they are.
+        batches: gives the batches of an epoch: this worker's rows of each global batch, in the same order everywhere.
+        refresh: fits a codebook to what the network gives now.
+        on_epoch: called after every epoch, with the training as it then stands.
+
+    Raises:
+        Diverged: the loss of an epoch is not finite.
+    """
+    config = training.config
+    network = _distribute(training.encoder)
+    while training.epoch < config.epochs:
+        snapping_epoch = training.epoch - config.warmup_epochs
+        error = None
+        if snapping_epoch >= 0 and snapping_epoch % config.refresh_epochs == 0:
+            trained = refresh(training)
+            training.codebook, error = trained.codebook, trained.relative_error
+        training.snapping.set_codebook(training.codebook if snapping_epoch >= 0 else None)
+        loss = _run_epoch(training, network, batches(training.epoch))
+        training.history.append(_record(training, loss, error))
+        if not math.isfinite(loss):
+            raise Diverged(training.epoch - 1)
+        on_epoch(training)
+
+
+def embed(encoder: nn.Module, items: Tensor, *, batch_rows: int = 1024) -> Tensor:
+    """Give the representations of items, without gradients.
+
+    Shapes: (N, ...) -> (N, D) float32.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    device = next(encoder.parameters(), items).device
+    with torch.inference_mode():
+        parts = [encoder(part.to(device)).float() for part in items.split(batch_rows)]
+    encoder.train(was_training)
+    return torch.cat(parts).clone()
+
+
+def gather_rows(y_ND: Tensor) -> Tensor:
+    """Give the rows of all workers in the order of their ranks; gradients come back to the rows of this one.
+
+    Shapes: (N, D) of each worker -> (N x workers, D).
+    """
+    if not _is_group():
+        return y_ND
+    rows: Tensor = _GatherRows.apply(y_ND)
+    return rows
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor) -> Tensor:
+        ctx.rows = len(y_ND)
+        parts = [torch.empty_like(y_ND) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, y_ND.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        # Every worker evaluates the whole loss, so its own slice is already the whole gradient of its rows.
+        return grad[dist.get_rank() * ctx.rows :][: ctx.rows]
+
+
+def _run_epoch(training: Training, network: nn.Module, batches: Iterable[Batch]) -> float:
+    training.encoder.train()
+    training.snapping.train()
+    total, steps = 0.0, 0
+    planned = list(batches) if not hasattr(batches, "__len__") else batches
+    for step, (items, labels_N) in enumerate(planned):
+        training.set_rates((training.epoch + step / len(planned)) / training.config.epochs)  # type: ignore[arg-type]
+        total, steps = total + _take_step(training, network, items, labels_N), steps + 1
+    return total / max(1, steps)
+
+
+def _take_step(training: Training, network: nn.Module, items: Tensor, labels_N: Tensor) -> float:
+    y_ND = training.snapping(network(items.to(training.device)))
+    loss = training.loss(gather_rows(y_ND), gather_rows(labels_N.to(training.device)))
+    training.optimizer.zero_grad()
+    loss.backward()
+    training.optimizer.step()
+    return float(loss.detach())
+
+
+def _record(training: Training, loss: float, error: float | None) -> EpochRecord:
+    health = training.snapping.take_health()
+    phase = "warm-up" if training.epoch < training.config.warmup_epochs else "snap"
+    figures = asdict(health) if health else {}
+    return EpochRecord(training.epoch, phase, loss, error, **figures)
+
+
+def _distribute(encoder: Encoder) -> nn.Module:
+    if not _is_group() or not any(True for _ in encoder.parameters()):
+        return encoder
+    network = DistributedDataParallel(encoder)
+    network.register_comm_hook(None, _sum_gradients)
+    return network
+
+
+def _sum_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    # The loss is that of the whole batch, so the workers' gradients add; the usual mean would shrink them.
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    done: torch.futures.Future[Tensor] = work.get_future().then(lambda future: future.value()[0])
+    return done
+
+
+def _is_group() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
