@@ -149,6 +149,11 @@ class Folder:
         if self.exists(name):
             self._fs.delete_file(self._full(name))
 
+    def clear(self, name: str) -> None:
+        """Remove a folder inside this one and all it holds, if it is there."""
+        if self.exists(name):
+            self._fs.delete_dir(self._full(name))
+
     def pin(self, name: str) -> FileEntry:
         """Measure a file: its size and SHA-256."""
         digest, size = hashlib.sha256(), 0

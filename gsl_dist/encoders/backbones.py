@@ -22,6 +22,10 @@ from gsl_dist.config import Strict
 from gsl_dist.errors import ConfigError
 
 
+_GRID = 4
+"""Places left in each direction at the end of the CNN: where a thing is still counts for a small image."""
+
+
 class MlpConfig(Strict):
     """A perceptron for vectors (images are flattened)."""
 
@@ -122,7 +126,8 @@ def _make_cnn(channels: int, config: CnnConfig) -> nn.Module:
     for before, after in pairwise((channels, *config.channels)):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.GroupNorm(min(8, after), after), nn.ReLU()]
         layers += [nn.MaxPool2d(2, ceil_mode=True)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(config.channels[-1], config.dim))
+    width = config.channels[-1] * _GRID**2
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(_GRID), nn.Flatten(), nn.Linear(width, config.dim))
 
 
 def _import_module(config: ModuleConfig) -> nn.Module:

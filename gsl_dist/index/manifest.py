@@ -46,6 +46,7 @@ class Manifest(Strict):
 
     version: str
     created: str
+    made_by: str = ""
     fingerprint: str
     metric: str = "l2"
     dim: int
@@ -58,7 +59,6 @@ class Manifest(Strict):
     shards: list[ShardEntry]
     codebook: FileEntry
     model: list[FileEntry] = []
-    model_fingerprint: str | None = None
     configs: dict[str, Any] = {}
     software: dict[str, str] = {}
 
@@ -145,7 +145,7 @@ def open_codebook(index: Folder, manifest: Manifest) -> Codebook:
     if codebook.fingerprint != manifest.fingerprint:
         raise ArtefactError(
             folder.path(manifest.codebook.name),
-            f"codebook {codebook.fingerprint} does not fit version {manifest.version}, built with {manifest.fingerprint}",
+            f"codebook {codebook.fingerprint} does not fit a version built with {manifest.fingerprint}",
         )
     return codebook
 

@@ -1,0 +1,321 @@
+"""The `gsl` command: every stage, and a look at what they left behind.
+
+A command imports what it opens, so `gsl versions` starts without torch or Ray. A caller's mistake is one line on
+standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from gsl_dist.config import Strict, load_config
+from gsl_dist.errors import BadInput, GslError
+from gsl_dist.hits import NO_ID, Hits
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+C = TypeVar("C", bound=Strict)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+errors = Console(stderr=True)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file; see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings laid over the file")]
+Index = Annotated[str, typer.Argument(metavar="INDEX", help="the index folder")]
+
+
+class Screen:
+    """Draws progress: bars on a terminal, lines elsewhere."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, TextColumn("{task.fields[remark]}"), console=console)
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Screen:
+        if console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, what: str, done: int, total: int, remark: str) -> None:
+        """Show that `done` of `total` steps of something are behind us."""
+        if not console.is_terminal:
+            console.print(f"{what:>10} {done}/{total} {remark}", highlight=False)
+            return
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total, remark="")
+        self._bars.update(self._tasks[what], completed=done, total=total, remark=remark)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train an encoder and the codebook it lands on; a relaunch goes on where it stopped.
+
+    Example: gsl train configs/fashion/train.yaml fit.epochs=10
+    """
+    from gsl_dist.cluster.train import TrainConfig, run_train
+
+    run_stage(TrainConfig, run_train, config, overrides)
+
+
+@app.command()
+def codebook(config: Config, overrides: Overrides = None) -> None:
+    """Give the codebook of an index: the network's own, or one fitted to a corpus.
+
+    Example: gsl codebook configs/fashion/codebook.yaml
+    """
+    from gsl_dist.cluster.codebook import CodebookConfig, run_codebook
+
+    run_stage(CodebookConfig, run_codebook, config, overrides)
+
+
+@app.command()
+def encode(config: Config, overrides: Overrides = None) -> None:
+    """Encode a corpus into shards of codes; a relaunch does only the shards that are missing.
+
+    Example: gsl encode configs/fashion/encode.yaml resources.workers=8
+    """
+    from gsl_dist.cluster.encode import EncodeConfig, run_encode
+
+    run_stage(EncodeConfig, run_encode, config, overrides)
+
+
+@app.command()
+def build(config: Config, overrides: Overrides = None) -> None:
+    """Build a version of an index from codes, and promote it.
+
+    Example: gsl build configs/fashion/build.yaml version=v2 promote=false
+    """
+    from gsl_dist.cluster.build import BuildConfig, run_build
+
+    run_stage(BuildConfig, run_build, config, overrides)
+
+
+@app.command()
+def serve(config: Config, overrides: Overrides = None) -> None:
+    """Serve a version: replicas that hold its shards, and a router in front of them.
+
+    With RAY_ADDRESS set the service stays up on that cluster; without, it runs until Ctrl-C.
+
+    Example: gsl serve configs/fashion/serve.yaml port=9000
+    """
+    from gsl_dist.cluster.serve import ServeConfig, run_serve, stop_service
+
+    run_stage(ServeConfig, run_serve, config, overrides)
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    console.print("serving; Ctrl-C stops it")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        stop_service()
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None) -> None:
+    """Measure a version with held-out queries: mAP, recall against exact search, quantization error.
+
+    Example: gsl evaluate configs/fashion/evaluate.yaml version=v2
+    """
+    from gsl_dist.cluster.evaluate import EvaluateConfig, run_evaluate
+
+    run_stage(EvaluateConfig, run_evaluate, config, overrides)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="where the report and all artefacts go")] = Path("build/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="seed of both trainings")] = 0,
+) -> None:
+    """Run the main job on 12,000 shipped photographs and leave a report.
+
+    Example: gsl demo --output build/demo
+    """
+    from gsl_dist.demo import run_demo
+
+    with Screen() as screen:
+        report = run_demo(output.resolve(), seed, screen)
+    show_figures("demo", {key: value for key, value in report.items() if isinstance(value, (str, int, float))})
+    console.print(f"report: {output / 'report.html'}")
+
+
+@app.command()
+def search(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="an index folder, or the URL of a service")],
+    query: Annotated[Path, typer.Argument(metavar="QUERY", help=".npy or .fvecs with vectors, or an image")],
+    k: Annotated[int, typer.Option("-k", help="neighbours for each query")] = 10,
+    probes: Annotated[int | None, typer.Option(help="cells to look into; by default 16")] = None,
+    version: Annotated[str | None, typer.Option(help="a version of the folder; by default the promoted one")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Search a version for the neighbours of a vector file or an image.
+
+    A service takes vectors; for an image give the index folder, which holds the encoder.
+
+    Example: gsl search build/demo/index coat.png -k 5
+    """
+    hits = _search_service(target, query, k, probes) if "://" in target else _search_folder(target, query, k, probes, version)
+    if as_json:
+        shown = {"ids": hits.ids.tolist(), "distances": hits.distances.tolist(), "version": hits.version}
+        sys.stdout.write(json.dumps(shown) + "\n")
+        return
+    table = Table("query", "rank", "id", "distance", title=f"version {hits.version}")
+    for row, (ids, distances) in enumerate(zip(hits.ids, hits.distances, strict=True)):
+        for rank, (found, distance) in enumerate(zip(ids, distances, strict=True), 1):
+            if found != NO_ID:
+                table.add_row(str(row), str(rank), str(found), f"{distance:.4f}")
+    console.print(table)
+
+
+@app.command()
+def versions(index: Index) -> None:
+    """List the versions of an index; a star marks the one that is served.
+
+    Example: gsl versions build/demo/index
+    """
+    from gsl_dist.index.manifest import current_version, list_versions, open_version
+    from gsl_dist.storage import Folder
+
+    folder = Folder(index)
+    served, names = current_version(folder), list_versions(folder)
+    if not names:
+        raise BadInput("index", index, "there is no version in this folder; gsl build makes one")
+    table = Table("", "version", "rows", "shards", "bytes an item", "codebook", "created")
+    for name in names:
+        manifest = open_version(folder, name)
+        figures = (manifest.rows, len(manifest.shards), manifest.bytes_per_item)
+        mark = "*" if name == served else ""
+        table.add_row(mark, name, *map(str, figures), manifest.fingerprint[:12], manifest.created)
+    console.print(table)
+
+
+@app.command()
+def promote(index: Index, version: Annotated[str, typer.Argument(metavar="VERSION")]) -> None:
+    """Let a version be the one that is served next; promoting the version before rolls back.
+
+    Example: gsl promote build/demo/index v-3f2a90b1c5d7
+    """
+    from gsl_dist.index.manifest import promote_version
+    from gsl_dist.storage import Folder
+
+    manifest = promote_version(Folder(index), version)
+    console.print(f"{manifest.version} is promoted: {manifest.rows} rows in {len(manifest.shards)} shards")
+
+
+@app.command()
+def verify(index: Index, version: Annotated[str | None, typer.Argument(metavar="[VERSION]")] = None) -> None:
+    """Check every checksum and fingerprint of a version, by default the promoted one.
+
+    Example: gsl verify build/demo/index
+    """
+    from gsl_dist.index.manifest import open_version, verify_version
+    from gsl_dist.index.search import open_searcher
+    from gsl_dist.storage import Folder
+
+    folder = Folder(index)
+    faults = verify_version(folder, version)
+    for fault in faults:
+        errors.print(f"[bold red]damaged[/] {fault}", highlight=False, soft_wrap=True)
+    if faults:
+        raise typer.Exit(2)
+    # Opening compares the codebook inside every shard file with the version's.
+    rows = open_searcher(index, version).rows
+    manifest = open_version(folder, version)
+    if rows != manifest.rows:
+        raise BadInput("rows", rows, f"the manifest of {manifest.version} counts {manifest.rows}")
+    console.print(f"{manifest.version} is whole: {len(manifest.files) + 1} files, {rows} rows")
+
+
+def run_stage(
+    kind: type[C], run: Callable[[C, Screen], Any], config: Path, overrides: list[str] | None
+) -> None:
+    """Run a stage with progress on the screen and show what it made."""
+    from gsl_dist.cluster.job import summarize
+
+    settings = load_config(kind, config, overrides or [])
+    with Screen() as screen:
+        made = run(settings, screen)
+    show_figures(run.__name__.removeprefix("run_"), summarize(made))
+
+
+def show_figures(title: str, figures: dict[str, Any]) -> None:
+    """Print names and values as a table."""
+    table = Table("what", "value", title=title)
+    for name, value in sorted(figures.items()):
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def _search_service(url: str, query: Path, k: int, probes: int | None) -> Hits:
+    from gsl_dist.client import Client
+
+    with Client(url) as client:
+        return client.search(_read_vectors(query), k, probes)
+
+
+def _search_folder(index: str, query: Path, k: int, probes: int | None, version: str | None) -> Hits:
+    from gsl_dist.index.search import open_searcher
+
+    searcher = open_searcher(index, version)
+    if _is_vectors(query):
+        return searcher.search(_read_vectors(query), k, probes=probes)
+    from gsl_dist.cluster.evaluate import embed_queries
+
+    manifest = searcher.manifest
+    shape = manifest.configs.get("train", {}).get("corpus", {}).get("image")
+    if shape is None or not manifest.model:
+        raise BadInput("query", str(query), f"version {manifest.version} has no image encoder; give .npy or .fvecs")
+    return searcher.search(embed_queries(index, manifest, _read_image(query, shape)[None]), k, probes=probes)
+
+
+def _is_vectors(query: Path) -> bool:
+    return query.suffix in (".npy", ".fvecs")
+
+
+def _read_vectors(query: Path) -> NDArray[np.float32]:
+    from gsl_dist.data import CorpusConfig, open_corpus
+
+    if not _is_vectors(query):
+        raise BadInput("query", str(query), "a service takes vectors: a .npy or .fvecs file")
+    vectors: NDArray[np.float32] = open_corpus(CorpusConfig(path=str(query))).read_all().items
+    return vectors
+
+
+def _read_image(query: Path, shape: dict[str, Any]) -> NDArray[np.uint8]:
+    from gsl_dist.data import ImageConfig, decode_image
+
+    try:
+        return decode_image(query.read_bytes(), ImageConfig(**shape))
+    except (OSError, ValueError) as error:
+        raise BadInput("query", str(query), f"it must be a readable image, .npy or .fvecs ({error})") from error
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except GslError as error:
+        errors.print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

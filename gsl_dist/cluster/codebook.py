@@ -1,0 +1,127 @@
+"""The codebook stage: the one global codebook that every shard of a version shares.
+
+`source: trained` takes the codebook that the network landed on, bit for bit. `source: fitted` trains one: workers
+embed their slice of a bounded sample and send statistics to the coordinator; nobody sees the whole corpus, and the
+driver sees no row.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+from pydantic import Field, model_validator
+
+from gsl_dist.artefact import Card, find_finished, open_card, publish_card
+from gsl_dist.cluster.coordinator import Agenda, Coordinator, Seat
+from gsl_dist.cluster.model import CODEBOOK, load_encoder, load_trained_codebook, pick_device
+from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
+from gsl_dist.codebook import Codebook
+from gsl_dist.config import Location, Resources, Strict, fingerprint_config
+from gsl_dist.data import CorpusConfig, open_corpus
+from gsl_dist.errors import ConfigError
+from gsl_dist.fit import embed
+from gsl_dist.quantizers import LloydConfig, QuantizerConfig, Rows, make_quantizer
+from gsl_dist.storage import Folder
+
+_READ_ROWS = 8192
+
+
+class CodebookConfig(Strict):
+    """Gives the codebook of an index: the network's own, or one fitted to a corpus."""
+
+    output: Location = Field(description="the codebook folder to make")
+    source: Literal["trained", "fitted"] = "trained"
+    model: Location | None = Field(default=None, description="the model folder; None: the corpus holds vectors")
+    corpus: CorpusConfig | None = Field(default=None, description="what to fit to, for `fitted`")
+    quantizer: QuantizerConfig | None = Field(default=None, description="the shape, for `fitted`")
+    lloyd: LloydConfig = LloydConfig()
+    seed: int = Field(default=0, ge=0)
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _has_source(self) -> CodebookConfig:
+        if self.source == "trained" and (self.model is None or self.corpus or self.quantizer):
+            raise ValueError("source: trained takes a model, and neither corpus nor quantizer")
+        if self.source == "fitted" and (self.corpus is None or self.quantizer is None):
+            raise ValueError("source: fitted takes a corpus and a quantizer")
+        return self
+
+
+def run_codebook(config: CodebookConfig, progress: Progress = stay_quiet) -> Card:
+    """Make the codebook folder that a config describes.
+
+    Raises:
+        ConfigError, DataError: settings or corpus cannot be used.
+        ArtefactError: the model is damaged, or has no codebook of its own.
+    """
+    folder = Folder(config.output)
+    inputs = [open_corpus(config.corpus).fingerprint] if config.corpus else []
+    inputs += [open_card(Folder(config.model), "model").made_by] if config.model else []
+    made_by = fingerprint_config(config.model_dump(mode="json", exclude={"output", "resources"}), inputs)
+    if done := find_finished(folder, "codebook", made_by):
+        return done
+    facts: dict[str, Any] = {}
+    if config.source == "trained":
+        codebook = load_trained_codebook(str(config.model))
+    else:
+        codebook, facts["relative_error"] = _fit(config, progress)
+    codebook.save(folder, CODEBOOK)
+    facts |= {"codebook_fingerprint": codebook.fingerprint, "source": config.source}
+    dumped = json.loads(config.model_dump_json())
+    return publish_card(
+        folder, Card(kind="codebook", made_by=made_by, files=[folder.pin(CODEBOOK)], config=dumped, facts=facts)
+    )
+
+
+def load_codebook(location: str) -> Codebook:
+    """Read the codebook of a codebook folder.
+
+    Raises:
+        ArtefactError: absent or damaged.
+    """
+    folder = Folder(location)
+    open_card(folder, "codebook")
+    return Codebook.load(folder, CODEBOOK)
+
+
+def _fit(config: CodebookConfig, progress: Progress) -> tuple[Codebook, float]:
+    assert config.corpus is not None and config.quantizer is not None
+    corpus = open_corpus(config.corpus)
+    if config.model is None and corpus.kind != "vectors":
+        raise ConfigError("model", None, "a corpus of images needs a model that turns them into vectors")
+    dim = load_encoder(config.model)[0].dim if config.model else corpus.item_shape[0]
+    make_quantizer(config.quantizer, dim)
+    start_session(config.resources.workers * config.resources.cpus)
+    workers = config.resources.workers
+    agenda = Agenda(config.quantizer, dim, config.lloyd, config.seed)
+    with own_errors():
+        coordinator, attempt = Coordinator.remote(), uuid.uuid4().hex
+        work = ray.remote(num_cpus=config.resources.cpus, num_gpus=config.resources.gpus)(_take_part)
+        parts = [work.remote(config, agenda, Seat(coordinator, attempt, rank, workers)) for rank in range(workers)]
+        progress("codebook", 0, 1, f"{workers} workers")
+        trained = ray.get(parts)[0]
+    progress("codebook", 1, 1, f"quantization error {trained.relative_error:.3f}")
+    return trained.codebook, trained.relative_error
+
+
+def _take_part(config: CodebookConfig, agenda: Agenda, seat: Seat) -> Any:
+    assert config.corpus is not None
+    torch.set_num_threads(config.resources.threads)
+    corpus = open_corpus(config.corpus)
+    total = min(corpus.rows, config.lloyd.sample_rows)
+    sample = np.unique(np.linspace(0, corpus.rows - 1, total).astype(np.int64))
+    bounds = np.linspace(0, len(sample), seat.workers + 1).astype(int)
+    start, stop = int(bounds[seat.rank]), int(bounds[seat.rank + 1])
+    encoder = load_encoder(config.model)[0].to(pick_device(config.resources.gpus)) if config.model else None
+    parts = []
+    for first in range(start, stop, _READ_ROWS):
+        items = torch.from_numpy(corpus.take(sample[first : min(stop, first + _READ_ROWS)]).items)
+        parts.append(embed(encoder, items).cpu() if encoder else items)
+    x_ND = torch.cat(parts) if parts else torch.empty(0, agenda.dim)
+    # Rejected rows are gone from x_ND: where a slice starts then only shifts which rows seed, never what is counted.
+    return seat.attend(0, agenda, Rows(x_ND, start, len(sample)))

@@ -1,0 +1,123 @@
+"""Where workers meet to train one codebook: the actor that carries the messages of `quantizers.coordinate`.
+
+Each worker opens a meeting by the same key and then posts its answers; when all have answered, the coordinator
+thinks, and everyone gets its next question, or the trained codebook. What travels are statistics and one bounded
+sample; what comes back is the codebook with its fingerprint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from gsl_dist.codebook import Codebook
+from gsl_dist.errors import GslError
+from gsl_dist.quantizers import Ask, LloydConfig, QuantizerConfig, Rows, Trained, answer, coordinate, make_quantizer
+from gsl_dist.quantizers.coordinate import Coordination
+
+Step = Ask | Trained
+
+
+@dataclass(frozen=True)
+class Agenda:
+    """What a meeting is to train: which quantizer for vectors of `dim` numbers, how, and from which codebook on."""
+
+    quantizer: QuantizerConfig
+    dim: int
+    lloyd: LloydConfig
+    seed: int
+    start: Codebook | None = None
+
+    def begin(self) -> Coordination:
+        """Begin the training."""
+        return coordinate(make_quantizer(self.quantizer, self.dim), self.lloyd, seed=self.seed, start=self.start)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One worker's place in the meetings of one attempt."""
+
+    coordinator: Any
+    attempt: str
+    rank: int
+    workers: int
+
+    def attend(self, key: int, agenda: Agenda, rows: Rows) -> Trained:
+        """Take part in training a codebook with the rows of this worker, to the end."""
+        quantizer = make_quantizer(agenda.quantizer, agenda.dim)
+        step = ray.get(self.coordinator.open.remote(self.attempt, key, self.workers, agenda))
+        while isinstance(step, Ask):
+            given = answer(step, rows, quantizer)
+            step = ray.get(self.coordinator.post.remote(key, self.rank, given))
+        return step
+
+
+class Meeting:
+    """One training of one codebook: collects an answer from every worker, then goes one step on."""
+
+    def __init__(self, coordination: Coordination, workers: int) -> None:
+        self._coordination, self._workers = coordination, workers
+        self._answers: dict[int, Any] = {}
+        self._next: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
+        self.first: Step = next(coordination)
+
+    async def post(self, rank: int, given: Any) -> Step:
+        """Hand in an answer and wait for the next question."""
+        self._answers[rank] = given
+        waiting = self._next
+        if len(self._answers) == self._workers:
+            self._advance()
+        return await waiting
+
+    def abandon(self) -> None:
+        """Send everyone home: a worker of this meeting is gone."""
+        if not self._next.done():
+            self._next.cancel()
+
+    def _advance(self) -> None:
+        ordered = [self._answers[rank] for rank in sorted(self._answers)]
+        waiting, self._next = self._next, asyncio.get_running_loop().create_future()
+        self._answers = {}
+        try:
+            waiting.set_result(self._coordination.send(ordered))
+        except StopIteration as end:
+            waiting.set_result(end.value)
+        except GslError as error:
+            waiting.set_exception(error)
+
+
+@ray.remote(num_cpus=0, max_concurrency=1000)
+class Coordinator:
+    """The shell around meetings; it also collects remarks on progress for the driver."""
+
+    def __init__(self) -> None:
+        self._attempt, self._meetings, self._remarks = "", {}, []  # type: ignore[var-annotated]
+
+    async def open(self, attempt: str, key: int, workers: int, agenda: Agenda) -> Step:
+        """Open or join the meeting `key`, and give its first question."""
+        if attempt != self._attempt:
+            # The workers were restarted: those still waiting in older meetings are dead.
+            for meeting in self._meetings.values():
+                meeting.abandon()
+            self._attempt, self._meetings = attempt, {}
+        if key not in self._meetings:
+            self._meetings = {key: Meeting(agenda.begin(), workers)}
+        first: Step = self._meetings[key].first
+        return first
+
+    async def post(self, key: int, rank: int, given: Any) -> Step:
+        """Hand in an answer to the last question of a meeting and wait for the next."""
+        step: Step = await self._meetings[key].post(rank, given)
+        return step
+
+    async def remark(self, remark: Any) -> None:
+        """Note something for the driver."""
+        self._remarks.append(remark)
+
+    async def take_remarks(self) -> list[Any]:
+        """Give what was noted since the last call."""
+        taken, self._remarks = self._remarks, []
+        return taken

@@ -1,0 +1,337 @@
+"""The encode stage: a corpus becomes shards of Parquet with id, cell and code, streamed through Ray Data.
+
+A shard is a range of source rows, fixed by the corpus and the number of shards, never by how Ray cuts its blocks. The
+Ray dataset has one row a shard; an actor streams that shard batch by batch (reading ahead in a thread), so memory is
+bounded by a few batches whatever the corpus. A finished shard leaves a note; a relaunch does only those without one,
+and equal input gives equal files. Rows that cannot be read are listed in the shard's rejects file.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from pydantic import Field, ValidationError
+from ray.data import ActorPoolStrategy
+
+from gsl_dist.artefact import Card, find_finished, open_card, publish_card
+from gsl_dist.cluster.codebook import load_codebook
+from gsl_dist.cluster.model import load_encoder, pick_device
+from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
+from gsl_dist.codebook import Codebook
+from gsl_dist.config import Location, Resources, Strict, fingerprint_config
+from gsl_dist.data import Batch, Corpus, CorpusConfig, open_corpus, split_rows
+from gsl_dist.encoders import Encoder
+from gsl_dist.errors import ArtefactError, ConfigError, DataError
+from gsl_dist.fit import embed
+from gsl_dist.quantizers import ProductConfig, make_quantizer
+from gsl_dist.storage import FileEntry, Folder
+
+FINGERPRINT_KEY = b"gsl_codebook"
+_GROUP_ROWS = 65_536
+_READ_AHEAD = 3
+_OWN_COLUMNS = ("id", "cell", "code", "vector")
+
+
+class EncodeConfig(Strict):
+    """Encodes a corpus into shards of codes."""
+
+    corpus: CorpusConfig
+    codebook: Location
+    model: Location | None = Field(default=None, description="the model folder; None: the corpus holds vectors")
+    output: Location = Field(description="the folder of codes to make")
+    shards: int = Field(default=1, ge=1, le=100_000)
+    batch_rows: int = Field(default=1024, ge=1)
+    keep_vectors: bool = Field(default=False, description="keep representations too, as float16")
+    resources: Resources = Resources()
+
+
+class ShardNote(Strict):
+    """What is known of a finished shard of codes."""
+
+    name: str
+    made_by: str
+    rows: int
+    rejects: int
+    codes: FileEntry
+    rejects_file: FileEntry | None = None
+
+
+def run_encode(config: EncodeConfig, progress: Progress = stay_quiet) -> Card:
+    """Make the folder of codes that a config describes; a relaunch does only the shards that are missing.
+
+    Raises:
+        ConfigError, DataError: settings or corpus cannot be used, or rows hold NaN or infinity.
+        ArtefactError: model or codebook are damaged or do not fit each other.
+    """
+    corpus, codebook = open_corpus(config.corpus), load_codebook(config.codebook)
+    model = open_card(Folder(config.model), "model") if config.model else None
+    _check_settings(config, corpus, codebook)
+    decided = config.model_dump(mode="json", exclude={"output", "resources", "codebook", "model", "batch_rows"})
+    made_by = fingerprint_config(decided, corpus.fingerprint, codebook.fingerprint, model.made_by if model else None)
+    folder = Folder(config.output)
+    if done := find_finished(folder, "codes", made_by):
+        return done
+    ranges = split_rows(corpus.rows, config.shards)
+    missing = [{"number": n, "start": a, "stop": b} for n, (a, b) in enumerate(ranges) if not _note(folder, n, made_by)]
+    if missing:
+        start_session(config.resources.workers * config.resources.cpus)
+        with own_errors():
+            _encode_shards(config, made_by, missing, len(ranges), progress)
+    notes = [_note(folder, number, made_by) for number in range(len(ranges))]
+    return _publish(config, codebook, folder, made_by, [note for note in notes if note])
+
+
+class ShardEncoder:
+    """Encodes one shard after another; knows no Ray."""
+
+    def __init__(self, config: EncodeConfig, made_by: str) -> None:
+        self.config, self.made_by = config, made_by
+        torch.set_num_threads(config.resources.threads)
+        self.corpus, self.codebook = open_corpus(config.corpus), load_codebook(config.codebook)
+        self.device = pick_device(config.resources.gpus)
+        self.encoder: Encoder | None = load_encoder(config.model)[0].to(self.device) if config.model else None
+        shape = ProductConfig(
+            sub_vectors=self.codebook.sub_vectors,
+            bits=self.codebook.bits,
+            cells=self.codebook.cells,
+            residual=self.codebook.residual,
+        )
+        self.quantizer = make_quantizer(shape, self.codebook.dim)
+
+    def encode_shard(self, number: int, start: int, stop: int) -> ShardNote:
+        """Write the codes of source rows [start, stop), then the note that says so."""
+        folder, name = Folder(self.config.output), f"shard-{number:05d}"
+        rejects: list[dict[str, Any]] = []
+        rows = 0
+        with folder.whole(f"{name}.parquet") as path, pq.ParquetWriter(path, self._schema()) as writer:
+            for table in group_tables(self._encode_batches(start, stop, rejects), self._schema()):
+                writer.write_table(table)
+                rows += len(table)
+        rejects_file = None
+        if rejects:
+            folder.write_json(f"rejects-{number:05d}.json", rejects)
+            rejects_file = folder.pin(f"rejects-{number:05d}.json")
+        note = ShardNote(
+            name=name,
+            made_by=self.made_by,
+            rows=rows,
+            rejects=len(rejects),
+            codes=folder.pin(f"{name}.parquet"),
+            rejects_file=rejects_file,
+        )
+        folder.write_json(f"{name}.note.json", note.model_dump(mode="json"))
+        return note
+
+    def encode_batch(self, batch: Batch) -> pa.Table:
+        """Give a batch as a table of ids, cells, codes and payload."""
+        items = torch.from_numpy(batch.items)
+        y_ND = embed(self.encoder, items) if self.encoder else items.to(self.device)
+        if not torch.isfinite(y_ND).all():
+            row = int((~torch.isfinite(y_ND).all(dim=1)).nonzero()[0])
+            raise DataError("representation", f"of id {batch.ids[row]}", "the encoder must give finite numbers")
+        cells_N, codes_NM = self.quantizer.encode(y_ND, self.codebook)
+        packed = self.codebook.pack(codes_NM.cpu().numpy())
+        columns = {
+            "id": pa.array(batch.ids),
+            "cell": pa.array(cells_N.cpu().numpy().astype(np.int32)),
+            "code": pa.FixedSizeBinaryArray.from_buffers(
+                pa.binary(self.codebook.code_bytes), len(packed), [None, pa.py_buffer(np.ascontiguousarray(packed))]
+            ),
+        }
+        if batch.payload is not None:
+            columns |= dict(zip(batch.payload.column_names, batch.payload.columns, strict=True))
+        if self.config.keep_vectors:
+            halves = pa.array(y_ND.cpu().numpy().astype(np.float16).ravel())
+            columns["vector"] = pa.FixedSizeListArray.from_arrays(halves, self.codebook.dim)
+        return pa.table(columns, schema=self._schema())
+
+    def _encode_batches(self, start: int, stop: int, rejects: list[dict[str, Any]]) -> Iterator[pa.Table]:
+        for batch in read_ahead(self.corpus.read(start, stop, batch_rows=self.config.batch_rows)):
+            rejects += [asdict(reject) for reject in batch.rejects]
+            if len(batch):
+                yield self.encode_batch(batch)
+
+    def _schema(self) -> pa.Schema:
+        fields = [pa.field("id", pa.int64()), pa.field("cell", pa.int32())]
+        fields.append(pa.field("code", pa.binary(self.codebook.code_bytes)))
+        fields += list(self.corpus.payload_schema or [])
+        if self.config.keep_vectors:
+            fields.append(pa.field("vector", pa.list_(pa.float16(), self.codebook.dim)))
+        return pa.schema(fields, metadata={FINGERPRINT_KEY: self.codebook.fingerprint.encode()})
+
+
+class ShardMapper:
+    """The actor around a `ShardEncoder`."""
+
+    def __init__(self, config: EncodeConfig, made_by: str) -> None:
+        self._encoder = ShardEncoder(config, made_by)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Encode the shard that a row of the dataset names."""
+        note = self._encoder.encode_shard(row["number"], row["start"], row["stop"])
+        return {"name": note.name, "rows": note.rows, "rejects": note.rejects}
+
+
+def read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Read the next few batches in a thread while the caller works on this one; errors come through."""
+    ready: queue.Queue[Any] = queue.Queue(_READ_AHEAD)
+    stopped = threading.Event()
+
+    def put(value: Any) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put(value, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def read() -> None:
+        try:
+            for batch in batches:
+                put((batch, None))
+            put((None, None))
+        except Exception as error:  # noqa: BLE001 - handed to the reader's thread and raised there
+            put((None, error))
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while True:
+            batch, error = ready.get()
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            yield batch
+    finally:
+        stopped.set()
+
+
+def group_tables(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Join small tables into ones large enough for a row group."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(len(part) for part in held) >= _GROUP_ROWS:
+            yield pa.concat_tables(held)
+            held = []
+    yield pa.concat_tables(held) if held else schema.empty_table()
+
+
+def _check_settings(config: EncodeConfig, corpus: Corpus, codebook: Codebook) -> None:
+    if config.model is None and corpus.kind != "vectors":
+        raise ConfigError("model", None, "a corpus of images needs a model that turns them into vectors")
+    dim = load_encoder(config.model)[0].dim if config.model else corpus.item_shape[0]
+    if dim != codebook.dim:
+        owner = "model" if config.model else "corpus"
+        raise ConfigError(owner, f"vectors of {dim} numbers", f"the codebook {config.codebook} takes {codebook.dim}")
+    if taken := sorted(set(config.corpus.payload_columns) & set(_OWN_COLUMNS)):
+        raise ConfigError("corpus.payload_columns", taken, f"{', '.join(_OWN_COLUMNS)} are names of our own columns")
+
+
+def _encode_shards(
+    config: EncodeConfig, made_by: str, missing: list[dict[str, Any]], total: int, progress: Progress
+) -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    done = total - len(missing)
+    progress("encode", done, total, "shards")
+    shards = ray.data.from_items(missing, override_num_blocks=len(missing)).map(
+        ShardMapper,
+        fn_constructor_args=(config, made_by),
+        compute=ActorPoolStrategy(size=min(config.resources.workers, len(missing)), max_tasks_in_flight_per_actor=1),
+        num_cpus=config.resources.cpus,
+        num_gpus=config.resources.gpus or None,
+        memory=config.resources.memory_gb and int(config.resources.memory_gb * 2**30),
+    )
+    for row in shards.iter_rows():
+        done += 1
+        progress("encode", done, total, f"{row['name']}: {row['rows']} rows, {row['rejects']} rejected")
+
+
+def _note(folder: Folder, number: int, made_by: str) -> ShardNote | None:
+    """Give the note of a finished shard; None if it is missing, of another run, or its file is not as noted."""
+    name = f"shard-{number:05d}.note.json"
+    if not folder.exists(name):
+        return None
+    try:
+        note = ShardNote.model_validate(folder.read_json(name))
+        folder.check(note.codes)
+    except (ValidationError, ArtefactError):
+        return None
+    return note if note.made_by == made_by else None
+
+
+def _publish(config: EncodeConfig, codebook: Codebook, folder: Folder, made_by: str, notes: list[ShardNote]) -> Card:
+    rows = sum(note.rows for note in notes)
+    if rows == 0:
+        raise DataError("corpus", config.corpus.path, "every row was rejected; see the rejects files in the output")
+    facts = {
+        "codebook_fingerprint": codebook.fingerprint,
+        "rows": rows,
+        "rejects": sum(note.rejects for note in notes),
+        "shards": [{"name": note.name, "rows": note.rows} for note in notes],
+        "payload_columns": list(config.corpus.payload_columns),
+    }
+    files = [entry for note in notes for entry in (note.codes, note.rejects_file) if entry]
+    dumped = json.loads(config.model_dump_json())
+    return publish_card(folder, Card(kind="codes", made_by=made_by, files=files, config=dumped, facts=facts))
+
+
+@dataclass(frozen=True)
+class CodeTable:
+    """The rows of one shard of codes.
+
+    Shapes: ids, cells (N,) int64; codes (N, code_bytes) uint8; vectors (N, D) float16 or None.
+    """
+
+    ids: np.ndarray[Any, np.dtype[np.int64]]
+    cells: np.ndarray[Any, np.dtype[np.int64]]
+    codes: np.ndarray[Any, np.dtype[np.uint8]]
+    payload: pa.Table | None
+    vectors: np.ndarray[Any, np.dtype[np.float16]] | None
+
+
+def read_codes(folder: Folder, name: str, codebook: Codebook) -> CodeTable:
+    """Read a shard of codes whose checksum was verified.
+
+    Raises:
+        ArtefactError: the codes were written with another codebook.
+    """
+    with folder.local(f"{name}.parquet") as path:
+        table = pq.read_table(path)
+    written_with = (table.schema.metadata or {}).get(FINGERPRINT_KEY, b"none").decode()
+    if written_with != codebook.fingerprint:
+        raise ArtefactError(
+            folder.path(f"{name}.parquet"),
+            f"its codes were written with codebook {written_with}, but this one is {codebook.fingerprint}",
+        )
+    table = table.combine_chunks()
+    payload = table.drop_columns([c for c in _OWN_COLUMNS if c in table.column_names])
+    vectors = _flat(table, "vector", np.float16, codebook.dim) if "vector" in table.column_names else None
+    return CodeTable(
+        table["id"].to_numpy(),
+        table["cell"].to_numpy().astype(np.int64),
+        _flat(table, "code", np.uint8, codebook.code_bytes),
+        payload if payload.num_columns else None,
+        vectors,
+    )
+
+
+def _flat(table: pa.Table, column: str, dtype: Any, width: int) -> Any:
+    """Give a fixed-width column as a matrix."""
+    chunks = table[column].chunks
+    if not chunks:
+        return np.empty((0, width), dtype)
+    array = chunks[0]
+    values = np.frombuffer(array.buffers()[-1], dtype, count=(array.offset + len(array)) * width)
+    return values[array.offset * width :].reshape(-1, width)

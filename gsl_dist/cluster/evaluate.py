@@ -1,0 +1,183 @@
+"""The evaluate stage: how well a version answers, measured on queries that it never saw.
+
+Queries pass through the version's own encoder; the version's own shards rank the whole database. Vectors kept by the
+encode stage give the float yardsticks: exact search, float mAP and the quantization error.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from gsl_dist.artefact import open_card
+from gsl_dist.cluster.encode import read_codes
+from gsl_dist.cluster.model import CARD, load_encoder
+from gsl_dist.cluster.session import Progress, stay_quiet
+from gsl_dist.codebook import FloatArray, IdArray
+from gsl_dist.config import Location, Resources, Strict
+from gsl_dist.data import CorpusConfig, open_corpus
+from gsl_dist.errors import ConfigError, DataError
+from gsl_dist.evaluate import evaluate_map, quantization_error, rank_exact, recall_at
+from gsl_dist.fit import embed
+from gsl_dist.hits import Hits
+from gsl_dist.index.manifest import Manifest, version_folder
+from gsl_dist.index.search import LocalSearcher, check_queries, open_searcher
+from gsl_dist.storage import Folder, split_location
+
+_TIMED_QUERIES = 200
+
+
+class EvaluateConfig(Strict):
+    """Measures a version with held-out queries."""
+
+    index: Location
+    version: str | None = Field(default=None, description="None: the promoted one")
+    queries: CorpusConfig
+    codes: Location | None = Field(default=None, description="codes with vectors kept, for exact search and float mAP")
+    label_column: str | None = Field(default=None, description="payload column that holds labels; None: no mAP")
+    top: int | None = Field(default=None, ge=1, description="R of mAP@R; None: the whole database")
+    probes: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16), description="cells to look into, for recall by probes")
+    output: Location = Field(description="the JSON file to write")
+    resources: Resources = Resources()
+
+
+@dataclass(frozen=True)
+class Items:
+    """The database as the yardsticks see it, in ascending order of ids.
+
+    Shapes: ids (N,); vectors (N, D) float32; decoded (N, D) float32.
+    """
+
+    ids: IdArray
+    vectors: FloatArray
+    decoded: FloatArray
+
+
+def run_evaluate(config: EvaluateConfig, progress: Progress = stay_quiet) -> dict[str, Any]:
+    """Measure what a config asks for, write it as JSON, and give it.
+
+    Raises:
+        BadInput: no such version, a missing column, or queries that are in the database.
+        ArtefactError: the version or the codes are damaged.
+    """
+    searcher = open_searcher(config.index, config.version, threads=config.resources.threads)
+    queries = open_corpus(config.queries).read_all()
+    vectors_QD = embed_queries(config.index, searcher.manifest, queries.items)
+    query_ids = queries.ids if config.queries.id_column else None
+    measured: dict[str, Any] = {
+        "version": searcher.manifest.version,
+        "fingerprint": searcher.manifest.fingerprint,
+        "database_size": searcher.rows,
+        "query_size": len(queries),
+        "bytes_per_item": searcher.manifest.bytes_per_item,
+    }
+    progress("evaluate", 0, 3, "mAP")
+    labels = _read_labels(config, searcher.manifest) if config.label_column else None
+    if labels is not None:
+        ranked = rank_all(searcher, vectors_QD)
+        measured["map_coded"] = evaluate_map(ranked, queries.labels, labels, top=config.top, query_ids=query_ids)
+    progress("evaluate", 1, 3, "exact search")
+    if config.codes:
+        items = read_items(config.codes, searcher)
+        measured["quantization_error"] = quantization_error(items.vectors, items.decoded)
+        if labels is not None:
+            exact = _rank_items(vectors_QD, items, len(items.ids))
+            measured["map_float"] = evaluate_map(exact, queries.labels, labels, top=config.top, query_ids=query_ids)
+        progress("evaluate", 2, 3, "recall by probes")
+        truth = _rank_items(vectors_QD, items, min(10, len(items.ids)))
+        measured["recall_by_probes"] = _recall_by_probes(config, searcher, vectors_QD, truth)
+        measured["recall_at_10_vs_exact"] = measured["recall_by_probes"][-1]["recall_at_10"]
+    progress("evaluate", 3, 3, "done")
+    folder, name = split_location(config.output)
+    folder.write_json(name, measured | {"config": json.loads(config.model_dump_json())})
+    return measured
+
+
+def embed_queries(index: str, manifest: Manifest, items: NDArray[Any]) -> FloatArray:
+    """Give query vectors: through the version's encoder if it has one, as they are if not.
+
+    Shapes: items (Q, ...) -> (Q, D) float32.
+    """
+    folder = version_folder(Folder(index), manifest.version)
+    if any(entry.name == f"model/{CARD}" for entry in manifest.model):
+        encoder, card = load_encoder(folder.path("model"))
+        if list(items.shape[1:]) != list(card.facts["item_shape"]):
+            shape = tuple(card.facts["item_shape"])
+            raise DataError("queries", f"items of shape {items.shape[1:]}", f"the encoder was trained on {shape}")
+        items = embed(encoder, torch.from_numpy(items)).numpy()
+    return check_queries(items, manifest.dim)
+
+
+def rank_all(searcher: LocalSearcher, queries_QD: FloatArray) -> Hits:
+    """Rank the whole database for each query by its codes.
+
+    Shapes: (Q, D) -> (Q, N).
+    """
+    return searcher.search_checked(queries_QD, searcher.rows, searcher.codebook.cells)
+
+
+def read_items(codes: str, searcher: LocalSearcher) -> Items:
+    """Read the vectors kept with the codes, and what the codes decode to.
+
+    Raises:
+        ConfigError: the codes were encoded without keeping vectors.
+        ArtefactError: they are damaged, or of another codebook than the version's.
+    """
+    folder, codebook = Folder(codes), searcher.codebook
+    card = open_card(folder, "codes")
+    tables = [read_codes(folder, shard["name"], codebook) for shard in card.facts["shards"]]
+    if any(table.vectors is None for table in tables):
+        raise ConfigError("codes", codes, "they hold no vectors; encode with keep_vectors=true")
+    ids = np.concatenate([table.ids for table in tables])
+    order = np.argsort(ids)
+    vectors = np.concatenate([table.vectors for table in tables]).astype(np.float32)
+    decoded = [codebook.decode(table.cells, codebook.unpack(table.codes)) for table in tables]
+    return Items(ids[order], vectors[order], np.concatenate(decoded)[order])
+
+
+def _rank_items(queries_QD: FloatArray, items: Items, k: int) -> Hits:
+    rows = rank_exact(queries_QD, items.vectors, k)
+    return Hits(items.ids[rows.ids], rows.distances, 1, 1)
+
+
+def _read_labels(config: EvaluateConfig, manifest: Manifest) -> tuple[IdArray, IdArray]:
+    folder, parts = version_folder(Folder(config.index), manifest.version), []
+    for shard in manifest.shards:
+        names = pq.read_schema(folder.open(shard.payload.name)).names if shard.payload else []
+        if shard.payload is None or config.label_column not in names:
+            known = ", ".join(names) or "no columns"
+            raise ConfigError("label_column", config.label_column, f"the payload of {manifest.version} has {known}")
+        folder.check(shard.payload)
+        parts.append(pq.read_table(folder.open(shard.payload.name), columns=["id", config.label_column]))
+    ids = np.concatenate([part["id"].to_numpy() for part in parts])
+    labels = np.concatenate([part[config.label_column].to_numpy() for part in parts])
+    order = np.argsort(ids)
+    return ids[order], labels[order].astype(np.int64)
+
+
+def _recall_by_probes(
+    config: EvaluateConfig, searcher: LocalSearcher, queries_QD: FloatArray, truth: Hits
+) -> list[dict[str, Any]]:
+    rows = []
+    for probes in sorted({min(probes, searcher.codebook.cells) for probes in config.probes}):
+        found = searcher.search_checked(queries_QD, 10, probes)
+        recall = recall_at(found.ids, truth.ids, 10)
+        rows.append({"probes": probes, "recall_at_10": recall, "latency_ms": _time_single(searcher, queries_QD, probes)})
+    return rows
+
+
+def _time_single(searcher: LocalSearcher, queries_QD: FloatArray, probes: int) -> float:
+    spent = []
+    for query in queries_QD[:_TIMED_QUERIES]:
+        start = time.perf_counter()
+        searcher.search_checked(query[None], 10, probes)
+        spent.append(time.perf_counter() - start)
+    return float(np.median(spent)) * 1e3

@@ -1,0 +1,84 @@
+"""A trained encoder on disk: weights in safetensors, and a card that says how to build the network again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from gsl_dist.artefact import Card, open_card, publish_card
+from gsl_dist.codebook import Codebook
+from gsl_dist.encoders import Encoder, EncoderConfig, make_encoder
+from gsl_dist.errors import ArtefactError
+from gsl_dist.storage import Folder
+
+WEIGHTS, CODEBOOK, CARD = "encoder.safetensors", "codebook.safetensors", "model.json"
+_ENCODER = TypeAdapter(EncoderConfig)
+
+
+def save_model(
+    folder: Folder,
+    encoder: Encoder,
+    codebook: Codebook | None,
+    *,
+    made_by: str,
+    config: dict[str, Any],
+    facts: dict[str, Any],
+) -> Card:
+    """Write an encoder and the codebook it landed on; the model exists once its card does.
+
+    Args:
+        folder: where to.
+        encoder: the network.
+        codebook: the codebook of its last epoch; None for a network trained without one.
+        made_by: the hash of settings and inputs.
+        config: the train config; its `encoder` rebuilds the network.
+        facts: at least `item_shape`.
+    """
+    weights = {name: tensor.contiguous().cpu() for name, tensor in encoder.state_dict().items()}
+    folder.write_bytes(WEIGHTS, save_tensors(weights))
+    names = [WEIGHTS]
+    if codebook is not None:
+        codebook.save(folder, CODEBOOK)
+        names.append(CODEBOOK)
+        facts = facts | {"codebook_fingerprint": codebook.fingerprint}
+    files = [folder.pin(name) for name in names]
+    return publish_card(folder, Card(kind="model", made_by=made_by, files=files, config=config, facts=facts))
+
+
+def load_encoder(location: str) -> tuple[Encoder, Card]:
+    """Build a trained encoder again, in evaluation mode.
+
+    Raises:
+        ArtefactError: there is no model, a file is damaged, or the weights do not fit the network.
+    """
+    folder = Folder(location)
+    card = open_card(folder, "model")
+    encoder = make_encoder(_ENCODER.validate_python(card.config["encoder"]), tuple(card.facts["item_shape"]))
+    try:
+        encoder.load_state_dict(load_tensors(folder.read_bytes(WEIGHTS)))
+    except (SafetensorError, RuntimeError) as error:
+        raise ArtefactError(folder.path(WEIGHTS), f"the weights do not fit the network ({error})") from error
+    return encoder.eval(), card
+
+
+def load_trained_codebook(location: str) -> Codebook:
+    """Give the codebook that a network landed on.
+
+    Raises:
+        ArtefactError: there is no model, or it was trained without a codebook.
+    """
+    folder = Folder(location)
+    card = open_card(folder, "model")
+    if "codebook_fingerprint" not in card.facts:
+        raise ArtefactError(folder.path(), "this network was trained without snapping and has no codebook of its own")
+    return Codebook.load(folder, CODEBOOK)
+
+
+def pick_device(gpus: float) -> torch.device:
+    """Give the GPU that Ray set aside for this worker, or the CPU."""
+    return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,83 @@
+"""Ray, found or started, and its errors turned back into ours."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from gsl_dist.errors import GslError
+
+Progress = Callable[[str, int, int, str], None]
+"""Called as progress(what, done, total, remark); the doors draw it, or not."""
+
+
+def stay_quiet(what: str, done: int, total: int, remark: str) -> None:
+    """Draw no progress."""
+
+
+def start_session(cpus: float = 1) -> None:
+    """Connect to the cluster that `RAY_ADDRESS` names (a Ray job has it set), or start Ray on this machine.
+
+    Args:
+        cpus: logical cores that the stage wants at once; a local Ray gets at least one more.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False, "namespace": "gsl"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return
+    cores = max(os.cpu_count() or 1, int(cpus) + 1)
+    # Workers start in another folder; whatever the driver can import, they can.
+    env = {"PYTHONPATH": os.pathsep.join(_import_paths())}
+    ray.init(address="local", num_cpus=cores, include_dashboard=False, runtime_env={"env_vars": env}, **quiet)
+
+
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise the GslError that a worker raised, instead of Ray's account of how it travelled."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - re-raised below, as ours if one of ours is inside
+        raise find_cause(error) or error from None
+
+
+def find_cause(error: BaseException | None) -> GslError | None:
+    """Give the first GslError in what an error was caused by, if there is one."""
+    seen: set[int] = set()
+    queue: list[Any] = [error]
+    while queue:
+        link = queue.pop(0)
+        if isinstance(link, GslError):
+            return link
+        if not isinstance(link, BaseException) or id(link) in seen:
+            continue
+        seen.add(id(link))
+        queue += [getattr(link, "cause", None), link.__cause__, link.__context__]
+        queue += list(getattr(link, "worker_failures", {}).values())
+    return None
+
+
+@contextlib.contextmanager
+def stage_clock(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note how long a stage takes."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = time.perf_counter() - start
+
+
+def _import_paths() -> list[str]:
+    package_root = str(Path(__file__).resolve().parents[2])
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [package_root, *(path for path in inherited if path)]

@@ -1,0 +1,282 @@
+"""The train stage: `fit` on Ray Train, any number of workers, a codebook trained by the coordinator between epochs.
+
+Every worker draws the same plan of batches and takes its slice. The training set lies once on each node, in Ray's
+object store. After each epoch a checkpoint holds network, optimizer, codebook, history and random state; a killed
+worker costs at most the epoch it was in. When the last epoch is done the driver publishes the model folder.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import TorchTrainer
+
+from gsl_dist.artefact import Card, find_finished
+from gsl_dist.cluster.coordinator import Agenda, Coordinator, Seat
+from gsl_dist.cluster.model import pick_device, save_model
+from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
+from gsl_dist.config import Location, Resources, Strict, fingerprint_config
+from gsl_dist.data import Corpus, CorpusConfig, open_corpus
+from gsl_dist.encoders import EncoderConfig, TableConfig, make_encoder
+from gsl_dist.errors import ConfigError, DataError
+from gsl_dist.fit import Batch, FitConfig, Training, embed, fit
+from gsl_dist.losses import LossConfig, make_loss
+from gsl_dist.quantizers import LloydConfig, QuantizerConfig, Rows, Trained, make_quantizer
+from gsl_dist.sampling import check_batches, plan_epoch
+from gsl_dist.snap import SnapConfig, SnappingLayer
+from gsl_dist.storage import Folder
+
+_STATE = "state.pt"
+
+
+class TrainConfig(Strict):
+    """Trains an encoder and the codebook it lands on."""
+
+    corpus: CorpusConfig
+    output: Location = Field(description="the model folder to make")
+    encoder: EncoderConfig
+    loss: LossConfig
+    quantizer: QuantizerConfig
+    lloyd: LloydConfig = LloydConfig()
+    snap: SnapConfig = SnapConfig()
+    fit: FitConfig = FitConfig()
+    resources: Resources = Resources()
+    max_failures: int = Field(default=3, ge=-1, description="restarts after a lost worker; -1: without end")
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The rows to train on, as every worker sees them; labels count from 0.
+
+    Shapes: items (N, ...) uint8 or float32; labels (N,) int64.
+    """
+
+    items: NDArray[Any]
+    labels: NDArray[np.int64]
+    classes: list[int]
+
+
+class EpochBatches:
+    """The batches of one epoch for one worker: its slice of every step of the plan."""
+
+    def __init__(self, rows: TrainingSet, plan: NDArray[np.int64], rank: int, workers: int) -> None:
+        self._rows = rows
+        self._plan = np.split(plan, workers, axis=1)[rank]
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for chosen in self._plan:
+            yield torch.from_numpy(self._rows.items[chosen]), torch.from_numpy(self._rows.labels[chosen])
+
+
+def run_train(config: TrainConfig, progress: Progress = stay_quiet) -> Card:
+    """Make the model folder that a config describes; a relaunch goes on where the last one stopped.
+
+    Raises:
+        ConfigError, DataError: settings or corpus cannot be used; nothing was started.
+        Diverged: the loss is no longer finite; the run folder keeps the last good checkpoint.
+    """
+    corpus = open_corpus(config.corpus)
+    _check_settings(config, corpus)
+    made_by = fingerprint_config(_deciding(config), corpus.fingerprint)
+    folder = Folder(config.output)
+    if done := find_finished(folder, "model", made_by):
+        return done
+    start_session(config.resources.workers * config.resources.cpus)
+    with own_errors():
+        rows = ray.get(_read_rows.remote(config.corpus))
+        _check_rows(config, rows)
+        result = _train(config, ray.put(rows), folder, made_by, progress)
+    return _publish(config, corpus, rows, folder, made_by, result)
+
+
+def _deciding(config: TrainConfig) -> dict[str, Any]:
+    # How many workers there are and where the result goes does not change what is trained.
+    return config.model_dump(mode="json", exclude={"output", "resources", "max_failures"})
+
+
+def _check_settings(config: TrainConfig, corpus: Corpus) -> None:
+    if isinstance(config.encoder, TableConfig):
+        raise ConfigError(
+            "encoder.kind", "table", "there is nothing to train in a table; go on with the codebook stage"
+        )
+    if not corpus.has_labels:
+        raise ConfigError("corpus.label_column", config.corpus.label_column, "training needs a column of labels")
+    encoder = make_encoder(config.encoder, corpus.item_shape)
+    quantizer = make_quantizer(config.quantizer, encoder.dim)
+    if corpus.rows < quantizer.min_rows:
+        raise DataError(
+            "corpus", f"{corpus.rows} rows", f"the codebook needs at least {quantizer.min_rows} to train on"
+        )
+    if config.lloyd.sample_rows < quantizer.min_rows:
+        raise ConfigError(
+            "lloyd.sample_rows", config.lloyd.sample_rows, f"the codebook needs {quantizer.min_rows} rows"
+        )
+
+
+def _check_rows(config: TrainConfig, rows: TrainingSet) -> None:
+    if len(rows.classes) < 2:
+        raise DataError(f"column {config.corpus.label_column}", rows.classes, "training needs at least two classes")
+    check_batches(
+        len(rows.labels),
+        len(rows.classes),
+        batch_size=config.fit.batch_size,
+        samples_per_class=config.fit.samples_per_class,
+        workers=config.resources.workers,
+    )
+
+
+@ray.remote
+def _read_rows(config: CorpusConfig) -> TrainingSet:
+    batch = open_corpus(config).read_all()
+    classes, labels = np.unique(batch.labels, return_inverse=True)
+    return TrainingSet(batch.items, labels.astype(np.int64), classes.tolist())
+
+
+def _train(config: TrainConfig, rows: Any, folder: Folder, made_by: str, progress: Progress) -> ray.train.Result:
+    coordinator = Coordinator.remote()
+    resources = {"CPU": config.resources.cpus} | ({"GPU": config.resources.gpus} if config.resources.gpus else {})
+    trainer = TorchTrainer(
+        _train_worker,
+        # Ray Train copies and logs this dict: the rows travel as a reference in a list, which it leaves alone.
+        train_loop_config={"config": config.model_dump(mode="json"), "rows": [rows], "coordinator": coordinator},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.resources.workers, use_gpu=config.resources.gpus > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"train-{made_by}",
+            storage_path=folder.path("runs"),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    with _watch(coordinator, config.fit.epochs, progress):
+        return trainer.fit()
+
+
+class _watch:  # noqa: N801 - a context manager, used like a function
+    """Draws the epochs that workers report, while the block lasts."""
+
+    def __init__(self, coordinator: Any, epochs: int, progress: Progress) -> None:
+        self._coordinator, self._epochs, self._progress = coordinator, epochs, progress
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *raised: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._draw()
+
+    def _poll(self) -> None:
+        while not self._over.wait(0.5):
+            self._draw()
+
+    def _draw(self) -> None:
+        for record in ray.get(self._coordinator.take_remarks.remote()):
+            error = record["quantization_error"]
+            remark = f"loss {record['loss']:.3f}" + (f", quantization error {error:.3f}" if error is not None else "")
+            self._progress(record["phase"], record["epoch"] + 1, self._epochs, remark)
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    config = TrainConfig.model_validate(settings["config"])
+    rows: TrainingSet = ray.get(settings["rows"][0])
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(config.resources.threads)
+    training = _make_training(config, rows)
+    _restore(training)
+    attempt = broadcast_from_rank_zero(uuid.uuid4().hex)
+    seat = Seat(settings["coordinator"], attempt, rank, workers)
+
+    def batches(epoch: int) -> EpochBatches:
+        plan = plan_epoch(
+            rows.labels,
+            config.fit.batch_size,
+            seed=config.fit.seed,
+            epoch=epoch,
+            samples_per_class=config.fit.samples_per_class,
+        )
+        return EpochBatches(rows, plan, rank, workers)
+
+    def refresh(training: Training) -> Trained:
+        return _refresh(training, config, rows, seat)
+
+    def report(training: Training) -> None:
+        _report(training, seat)
+
+    fit(training, batches, refresh, report)
+
+
+def _make_training(config: TrainConfig, rows: TrainingSet) -> Training:
+    torch.manual_seed(config.fit.seed)
+    encoder = make_encoder(config.encoder, rows.items.shape[1:])
+    loss = make_loss(config.loss, classes=len(rows.classes), dim=encoder.dim)
+    return Training(encoder, loss, SnappingLayer(config.snap), config.fit, pick_device(config.resources.gpus))
+
+
+def _restore(training: Training) -> None:
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            training.load_state(torch.load(Path(folder) / _STATE, map_location="cpu", weights_only=True))
+
+
+def _refresh(training: Training, config: TrainConfig, rows: TrainingSet, seat: Seat) -> Trained:
+    total = min(len(rows.items), config.lloyd.sample_rows)
+    sample = np.unique(np.linspace(0, len(rows.items) - 1, total).astype(np.int64))
+    bounds = np.linspace(0, len(sample), seat.workers + 1).astype(int)
+    start, stop = bounds[seat.rank], bounds[seat.rank + 1]
+    y_ND = embed(training.encoder, torch.from_numpy(rows.items[sample[start:stop]]))
+    agenda = Agenda(config.quantizer, training.encoder.dim, config.lloyd, config.fit.seed, training.codebook)
+    return seat.attend(training.epoch, agenda, Rows(y_ND.cpu(), int(start), len(sample)))
+
+
+def _report(training: Training, seat: Seat) -> None:
+    record = asdict(training.history[-1])
+    if seat.rank:
+        ray.train.report(record)
+        return
+    seat.coordinator.remark.remote(record)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(training.state(), Path(folder) / _STATE)
+        ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _publish(
+    config: TrainConfig, corpus: Corpus, rows: TrainingSet, folder: Folder, made_by: str, result: ray.train.Result
+) -> Card:
+    training = _make_training(config, rows)
+    with result.checkpoint.as_directory() as kept:
+        training.load_state(torch.load(Path(kept) / _STATE, map_location="cpu", weights_only=True))
+    snapped = config.snap.variant != "none"
+    facts = {
+        "item_shape": list(corpus.item_shape),
+        "classes": rows.classes,
+        "rows": len(rows.labels),
+        "history": [asdict(record) for record in training.history],
+    }
+    dumped = json.loads(config.model_dump_json())
+    card = save_model(
+        folder, training.encoder, training.codebook if snapped else None, made_by=made_by, config=dumped, facts=facts
+    )
+    folder.clear("runs")
+    return card

@@ -1,0 +1,111 @@
+"""Queries and hits as bytes: what the router sends its replicas and what the batch door takes and gives.
+
+A body is a fixed little-endian header (a magic word, the format's version, counts) and raw arrays behind it. Numbers in
+the header are claims: the length they imply must be the length of the body, so that no count is ever trusted. Arrays
+are read where they lie, without a copy.
+
+    query   GSLQ  version  queries  dim  k  probes        | queries x dim float32
+    hits    GSLH  version  name bytes  queries  k  answered  total | ids int64 | distances float32 | version name
+
+This module knows neither HTTP nor gRPC.
+"""
+
+# Shapes: Q queries, D dims, k neighbours
+
+from __future__ import annotations
+
+import operator
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gsl_dist.errors import QueryError
+from gsl_dist.hits import Hits
+
+QUERY_TYPE, HITS_TYPE = "application/x-gsl-query", "application/x-gsl-hits"
+FORMAT = 1
+HIT_BYTES = 12
+"""What one hit takes: an int64 id and a float32 distance."""
+
+# Both headers are whole multiples of eight bytes, so that the arrays behind them are aligned.
+_QUERY_HEAD = struct.Struct("<4sB3xIIII")
+_HITS_HEAD = struct.Struct("<4sBxHIIII")
+_LARGEST = 2**32 - 1
+
+
+def pack_query(queries: NDArray[np.float32], k: int, probes: int | None) -> bytes:
+    """Write queries and what is asked of them; no probes means the server's default.
+
+    Shapes: queries (Q, D) float32.
+    Raises:
+        QueryError: k or probes is no whole number above zero.
+    """
+    counts = len(queries), queries.shape[1], _count("k", k), 0 if probes is None else _count("probes", probes)
+    return _QUERY_HEAD.pack(b"GSLQ", FORMAT, *counts) + np.ascontiguousarray(queries, "<f4").tobytes()
+
+
+def unpack_query(body: bytes) -> tuple[NDArray[np.float32], int, int | None]:
+    """Read queries, k and probes; the array is a read-only view of the body.
+
+    Shapes: -> queries (Q, D) float32.
+    Raises:
+        QueryError: another format, or a length that its header does not account for.
+    """
+    rows, dim, k, probes = _read_head(_QUERY_HEAD, b"GSLQ", body)
+    _expect_length(body, _QUERY_HEAD.size + 4 * rows * dim)
+    queries = np.frombuffer(body, "<f4", rows * dim, _QUERY_HEAD.size).reshape(rows, dim)
+    return queries, k, probes or None
+
+
+def pack_hits(hits: Hits) -> bytes:
+    """Write an answer."""
+    name = hits.version.encode()
+    head = _HITS_HEAD.pack(b"GSLH", FORMAT, len(name), *hits.ids.shape, hits.shards_answered, hits.shards_total)
+    ids, distances = np.ascontiguousarray(hits.ids, "<i8"), np.ascontiguousarray(hits.distances, "<f4")
+    return b"".join((head, ids.tobytes(), distances.tobytes(), name))
+
+
+def unpack_hits(body: bytes) -> Hits:
+    """Read an answer; its arrays are read-only views of the body.
+
+    Raises:
+        QueryError: another format, or a length that its header does not account for.
+    """
+    name_bytes, rows, k, answered, total = _read_head(_HITS_HEAD, b"GSLH", body)
+    name_at = _HITS_HEAD.size + HIT_BYTES * rows * k
+    _expect_length(body, name_at + name_bytes)
+    ids = np.frombuffer(body, "<i8", rows * k, _HITS_HEAD.size).reshape(rows, k)
+    distances = np.frombuffer(body, "<f4", rows * k, _HITS_HEAD.size + 8 * rows * k).reshape(rows, k)
+    try:
+        version = bytes(body[name_at:]).decode()
+    except UnicodeDecodeError:
+        raise QueryError("body", "a version name", "it must be UTF-8") from None
+    return Hits(ids, distances, answered, total, version)
+
+
+def _read_head(head: struct.Struct, magic: bytes, body: bytes) -> tuple[int, ...]:
+    if len(body) < head.size:
+        raise QueryError("body", f"{len(body)} bytes", f"it must begin with a header of {head.size} bytes")
+    word, version, *counts = head.unpack_from(body)
+    if word != magic or version != FORMAT:
+        given = f"{bytes(word)!r} version {version}"
+        raise QueryError("body", given, f"it must be {magic.decode()} version {FORMAT}")
+    return tuple(counts)
+
+
+def _expect_length(body: bytes, wanted: int) -> None:
+    if len(body) != wanted:
+        raise QueryError("body", f"{len(body)} bytes", f"its header accounts for {wanted}")
+
+
+def _count(field: str, value: Any) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    # True would pass for 1.
+    if isinstance(value, bool) or not 1 <= count <= _LARGEST:
+        raise QueryError(field, value, "it must be a whole number above zero")
+    return count

@@ -1,0 +1,7 @@
+"""The build stage as a Ray job: `ray job submit --working-dir . -- python jobs/build.py CONFIG [key=value ...]`."""
+
+from gsl_dist.cluster.job import run_job
+from gsl_dist.cluster.build import BuildConfig, run_build
+
+if __name__ == "__main__":
+    run_job(BuildConfig, run_build)
