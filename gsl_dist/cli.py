@@ -172,7 +172,11 @@ def search(
 
     Example: gsl search build/demo/index coat.png -k 5
     """
-    hits = _search_service(target, query, k, probes) if "://" in target else _search_folder(target, query, k, probes, version)
+    hits = (
+        _search_service(target, query, k, probes)
+        if "://" in target
+        else _search_folder(target, query, k, probes, version)
+    )
     if as_json:
         shown = {"ids": hits.ids.tolist(), "distances": hits.distances.tolist(), "version": hits.version}
         sys.stdout.write(json.dumps(shown) + "\n")
@@ -244,9 +248,7 @@ def verify(index: Index, version: Annotated[str | None, typer.Argument(metavar="
     console.print(f"{manifest.version} is whole: {len(manifest.files) + 1} files, {rows} rows")
 
 
-def run_stage(
-    kind: type[C], run: Callable[[C, Screen], Any], config: Path, overrides: list[str] | None
-) -> None:
+def run_stage(kind: type[C], run: Callable[[C, Screen], Any], config: Path, overrides: list[str] | None) -> None:
     """Run a stage with progress on the screen and show what it made."""
     from gsl_dist.cluster.job import summarize
 

@@ -76,9 +76,10 @@ class Diverged(GslError):  # noqa: N818
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
+        last = f"the last good state is that of epoch {epoch - 1}" if epoch else "no epoch before it was good"
         super().__init__(
-            f"training diverged in epoch {epoch}: the loss is not finite; the last good state is that of epoch "
-            f"{epoch - 1}; try a lower fit.learning_rate or snap.beta"
+            f"training diverged in epoch {epoch}: the loss is not finite; {last}; try a lower fit.learning_rate or "
+            f"snap.beta"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -166,7 +167,8 @@ def fit(
         if snapping_epoch >= 0 and snapping_epoch % config.refresh_epochs == 0:
             trained = refresh(training)
             training.codebook, error = trained.codebook, trained.relative_error
-        training.snapping.set_codebook(training.codebook if snapping_epoch >= 0 else None)
+        progress = (snapping_epoch + 1) / (config.epochs - config.warmup_epochs)
+        training.snapping.set_codebook(training.codebook if snapping_epoch >= 0 else None, progress=progress)
         loss = _run_epoch(training, network, batches(training.epoch))
         training.history.append(_record(training, loss, error))
         if not math.isfinite(loss):
@@ -248,7 +250,7 @@ def _distribute(encoder: Encoder) -> nn.Module:
     return network
 
 
-def _sum_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_gradients(state, bucket):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - torch checks these at run time
     # The loss is that of the whole batch, so the workers' gradients add; the usual mean would shrink them.
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     done: torch.futures.Future[Tensor] = work.get_future().then(lambda future: future.value()[0])

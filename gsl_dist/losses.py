@@ -4,6 +4,10 @@
 nearest of learned class proxies and never does; `pairwise` pulls equal labels together and pushes others past a
 margin. A snapped network needs a loss that keeps speaking: where the gradient is zero, nothing is pulled.
 
+All three see directions only: rows are scaled to length 1 first, whether or not the encoder does so. Distances are
+Euclidean, not squared, so they lie between 0 and 2, and margins are in those units. Means of `triplet` and `pairwise`
+are over the terms above 0.
+
 Every loss is called with the whole batch of all workers, so that mining sees the same pairs however many there are.
 """
 
@@ -21,21 +25,27 @@ from gsl_dist.config import Strict
 
 
 class TripletConfig(Strict):
-    """Triplets of the hardest positive and the hardest negative of each row in the batch."""
+    """The farthest positive p and the nearest negative n of each row a in the batch: max(0, |a-p| - |a-n| + margin).
+
+    Distances are not squared and between rows of length 1; the mean is over the triplets above 0.
+    """
 
     kind: Literal["triplet"]
     margin: float = Field(default=0.2, gt=0)
 
 
 class ProxyConfig(Strict):
-    """Softmax over cosines to one learned proxy a class."""
+    """Softmax over cosines to one learned proxy a class, divided by `temperature`; the mean is over all rows."""
 
     kind: Literal["proxy"]
     temperature: float = Field(default=0.1, gt=0)
 
 
 class PairwiseConfig(Strict):
-    """Contrastive: equal labels at distance 0, others at least a margin away."""
+    """Contrastive: equal labels at distance 0, others at least a margin away: |a-p| and max(0, margin - |a-n|).
+
+    Distances are not squared and between rows of length 1; each of the two is its mean over the pairs above 0.
+    """
 
     kind: Literal["pairwise"]
     margin: float = Field(default=0.8, gt=0)

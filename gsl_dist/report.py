@@ -40,6 +40,8 @@ SMALL_PIXELS = 96
 INK, MUTED, LINE = "#010203", "#010204", "#010205"
 SNAPPED, TWO_STEP, FLOAT = "#010206", "#010207", "#010208"
 _VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", SNAPPED: "snapped", TWO_STEP: "two-step", FLOAT: "float"}
+# Above the axes, where no curve can run through it.
+_LEGEND: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0.3}
 _ARMS = (("snapped", "snapped", SNAPPED, "-", "o"), ("two_step", "two-step", TWO_STEP, "--", "s"))
 
 
@@ -239,13 +241,14 @@ def _chart_history(history: History, field: str, title: str) -> Chart:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlim(*_span([epoch.epoch for epoch in history.snapped + history.two_step]))
-        axes.set_ylim(bottom=0)
+        # Room above the curves for the words at the boundary.
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
         if boundary is not None:
             axes.axvline(boundary, color=MUTED, linewidth=1, linestyle=":")
             # Placed in the axes' own height, so that the words stay at the top whatever the values are.
             place = {"xytext": (5, -3), "textcoords": "offset points", "va": "top", "color": MUTED}
             axes.annotate("snapping starts", (boundary, 1), xycoords=("data", "axes fraction"), **place)
-        axes.legend(loc="center right")
+        axes.legend(**_LEGEND)
 
     ending = "" if boundary is None else f". Snapping starts after epoch {math.floor(boundary)}"
     return Chart(title, f"{title}: {'; '.join(told) or 'no values'}{ending}.", _draw(f"history-{field}", paint))
@@ -263,7 +266,7 @@ def _chart_bits(report: Report) -> Chart:
         axes.set_xticks(bits, labels=[str(value) for value in bits])
         axes.minorticks_off()
         axes.set_xlabel("bits per code")
-        axes.legend(loc="lower right")
+        axes.legend(**_LEGEND)
 
     told = "; ".join(f"{p.bits} bits, snapped {p.snapped:.3f}, two-step {p.two_step:.3f}" for p in points)
     alt = f"mAP by bits: {told}; float vectors {report.map_float:.3f}."
@@ -272,7 +275,7 @@ def _chart_bits(report: Report) -> Chart:
 
 def _chart_probes(points: Sequence[ProbesPoint]) -> Chart:
     points = sorted(points, key=lambda point: point.probes)
-    place = {"xytext": (0, -7), "textcoords": "offset points", "ha": "center", "va": "top", "color": INK}
+    place = {"xytext": (5, -4), "textcoords": "offset points", "va": "top", "color": INK}
 
     def paint(axes: Any) -> None:
         latencies = [point.latency_ms for point in points]

@@ -11,17 +11,22 @@ and, where s > 0, the gradient that goes on is
     project   g~ = (<g, d> / |d|^2) d                  its projection on the line to c*
     norm      g~ = -|g| d / |d|                        the same direction with all of the length
     clamp     g~ = project, but a step of `step` x g~ stops at c*
-    rescale   g~ = project, rescaled to the root mean square of g over the batch
-    blend     g~ = (1 - beta) g + beta project
-    add       g~ = g - beta |g| d / |d|                all of g, and a pull as large as g
+    rescale   g~ = (|G| / |P|) project                 G: every g of the batch; P: every project, 0 where s <= 0
+    blend     g~ = (1 - beta) g + beta project         beta at most 1
+    add       g~ = g - beta |g| d / |d|                all of g, and a pull beta times as large
 
 Where s <= 0 (no neighbour lies downhill), the `fallback` says what goes on: `pass` g, `zero` nothing, `widen` looks
 among all codewords before it gives nothing, `orthogonal` the part of g that does not change the distance to the
-nearest codeword. Properties, for every variant:
+nearest codeword. Properties, for every variant and fallback:
 
-    P1  <g, g~> >= 0: a small step never raises the similarity loss.
-    P2  <-g~ + (what was kept of g), d> >= 0: the bend is toward c*; a `project` step lands between y and c*.
+    P1  <g, g~> >= 0: to first order, a step along -g~ never raises the similarity loss.
+    P2  where s > 0, <-g~, d> > 0: a step along -g~ brings y strictly nearer to c* if it is shorter than
+        2 <-g~, d> / |g~|. Steps of project, norm, clamp and rescale stay on the line through y and c*; those of blend
+        and add are a part of -g and a part that points to c*.
     P3  g = 0 gives g~ = 0: where the loss is satisfied, nothing is pulled.
+
+All but rescale treat each sub-vector by itself. Rescale looks at the rows of this process, so that its steps, and no
+other's, depend on how many workers share a batch.
 
 Source: the idea is Liu and Lu, Accurate Deep Representation Quantization with Gradient Snapping Layer for Similarity
 Search, arXiv 1610.09645, of which only the abstract could be read; the formulas are this project's reading of it.
@@ -36,7 +41,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gsl_dist.codebook import Codebook
@@ -51,17 +56,24 @@ class SnapConfig(Strict):
     variant: Literal["none", "project", "norm", "clamp", "rescale", "blend", "add"] = "add"
     neighbours: int = Field(default=4, ge=1, description="k nearest codewords to choose from in each sub-vector")
     beta: float = Field(default=1.0, ge=0, description="strength of add; share of project in blend (at most 1)")
+    ramp: bool = Field(default=False, description="let beta grow evenly from epoch to epoch, up to its full value")
     step: float = Field(default=1.0, gt=0, description="assumed step in y, for clamp")
     fallback: Literal["pass", "zero", "widen", "orthogonal"] = "pass"
+
+    @model_validator(mode="after")
+    def _blend_stays_downhill(self) -> SnapConfig:
+        if self.variant == "blend" and self.beta > 1:
+            raise ValueError(f"beta ({self.beta}) is a share in blend: at most 1")
+        return self
 
 
 @dataclass(frozen=True)
 class SnapHealth:
-    """How far snapping bends: means over sub-vectors since the last look.
+    """How far snapping bends: means over the rows with a gradient, since the last look.
 
     Args:
-        fallback_rate: share in which no neighbour lay downhill.
-        cosine: of the kept to the raw gradient.
+        fallback_rate: share of sub-vectors in which no codeword that was looked at lay downhill.
+        cosine: of the kept to the raw gradient of the whole row.
         energy: squared length of the kept over that of the raw gradient.
     """
 
@@ -128,13 +140,15 @@ class SnappingLayer(nn.Module):
 
     def __init__(self, config: SnapConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = self._active = config
         self._books_MKd: Tensor | None = None
         self._coarse_CD: Tensor | None = None
         self._sums = torch.zeros(4, dtype=torch.float64)
 
-    def set_codebook(self, codebook: Codebook | None) -> None:
-        """Take the codewords to land on, or none."""
+    def set_codebook(self, codebook: Codebook | None, *, progress: float = 1.0) -> None:
+        """Take the codewords to land on, or none; `progress` is the share of the snapping epochs, this one included."""
+        strength = self.config.beta * (progress if self.config.ramp else 1.0)
+        self._active = self.config.model_copy(update={"beta": strength})
         self._books_MKd = None if codebook is None else torch.tensor(codebook.books)
         keep_cells = codebook is not None and codebook.residual
         self._coarse_CD = torch.tensor(codebook.coarse) if codebook is not None and keep_cells else None
@@ -158,7 +172,7 @@ class SnappingLayer(nn.Module):
         books_MKd = self._books_MKd.to(grad_ND)
         shape = (len(grad_ND), books_MKd.shape[0], books_MKd.shape[2])
         grad_NMd = grad_ND.reshape(shape)
-        bent_NMd, aligned_NM = snap_gradient(grad_NMd, rest_ND.reshape(shape), books_MKd, self.config)
+        bent_NMd, aligned_NM = snap_gradient(grad_NMd, rest_ND.reshape(shape), books_MKd, self._active)
         self._note(grad_NMd, bent_NMd, aligned_NM)
         return bent_NMd.reshape_as(grad_ND)
 

@@ -69,6 +69,10 @@ class Folder:
         """Tell whether the file or folder is there."""
         return bool(self._stat(name).type != fs.FileType.NotFound)
 
+    def is_folder(self) -> bool:
+        """Tell whether this is a folder that exists; a file is not."""
+        return bool(self._stat("").type == fs.FileType.Directory)
+
     def names(self, *, suffix: str = "", folders: bool = False) -> list[str]:
         """List the files (or folders) directly inside, sorted; temporary ones are left out."""
         wanted = fs.FileType.Directory if folders else fs.FileType.File

@@ -34,6 +34,8 @@ _QUERY_HEAD = struct.Struct("<4sB3xIIII")
 _HITS_HEAD = struct.Struct("<4sBxHIIII")
 _LARGEST = 2**32 - 1
 
+QUERY_HEAD_BYTES = _QUERY_HEAD.size
+
 
 def pack_query(queries: NDArray[np.float32], k: int, probes: int | None) -> bytes:
     """Write queries and what is asked of them; no probes means the server's default.

@@ -9,6 +9,7 @@ and equal input gives equal files. Rows that cannot be read are listed in the sh
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import threading
 from collections.abc import Iterator
@@ -241,8 +242,8 @@ def _check_settings(config: EncodeConfig, corpus: Corpus, codebook: Codebook) ->
 def _encode_shards(
     config: EncodeConfig, made_by: str, missing: list[dict[str, Any]], total: int, progress: Progress
 ) -> None:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     done = total - len(missing)
     progress("encode", done, total, "shards")
     shards = ray.data.from_items(missing, override_num_blocks=len(missing)).map(

@@ -170,7 +170,9 @@ def _recall_by_probes(
     for probes in sorted({min(probes, searcher.codebook.cells) for probes in config.probes}):
         found = searcher.search_checked(queries_QD, 10, probes)
         recall = recall_at(found.ids, truth.ids, 10)
-        rows.append({"probes": probes, "recall_at_10": recall, "latency_ms": _time_single(searcher, queries_QD, probes)})
+        rows.append(
+            {"probes": probes, "recall_at_10": recall, "latency_ms": _time_single(searcher, queries_QD, probes)}
+        )
     return rows
 
 

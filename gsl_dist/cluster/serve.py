@@ -11,6 +11,7 @@ before anything is deployed.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,10 @@ class ReplicaShell:
     def address(self) -> str:
         """Give the address at which the replica answers."""
         return self._address
+
+    def pid(self) -> int:
+        """Give the process, for those who look for it on its node."""
+        return os.getpid()
 
     def check_health(self) -> None:
         """Search once; Serve restarts a replica that cannot."""

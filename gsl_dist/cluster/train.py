@@ -32,7 +32,7 @@ from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_q
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import Corpus, CorpusConfig, open_corpus
 from gsl_dist.encoders import EncoderConfig, TableConfig, make_encoder
-from gsl_dist.errors import ConfigError, DataError
+from gsl_dist.errors import ConfigError, DataError, GslError
 from gsl_dist.fit import Batch, FitConfig, Training, embed, fit
 from gsl_dist.losses import LossConfig, make_loss
 from gsl_dist.quantizers import LloydConfig, QuantizerConfig, Rows, Trained, make_quantizer
@@ -103,6 +103,8 @@ def run_train(config: TrainConfig, progress: Progress = stay_quiet) -> Card:
         rows = ray.get(_read_rows.remote(config.corpus))
         _check_rows(config, rows)
         result = _train(config, ray.put(rows), folder, made_by, progress)
+    if isinstance(result.return_value, GslError):
+        raise result.return_value
     return _publish(config, corpus, rows, folder, made_by, result)
 
 
@@ -197,7 +199,16 @@ class _watch:  # noqa: N801 - a context manager, used like a function
             self._progress(record["phase"], record["epoch"] + 1, self._epochs, remark)
 
 
-def _train_worker(settings: dict[str, Any]) -> None:
+def _train_worker(settings: dict[str, Any]) -> GslError | None:
+    # A mistake of ours or of the caller would only be repeated: it is given back, while a lost worker is restarted.
+    try:
+        _join_training(settings)
+    except GslError as error:
+        return error
+    return None
+
+
+def _join_training(settings: dict[str, Any]) -> None:
     config = TrainConfig.model_validate(settings["config"])
     rows: TrainingSet = ray.get(settings["rows"][0])
     context = ray.train.get_context()

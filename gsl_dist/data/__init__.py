@@ -1,8 +1,9 @@
-"""Corpora of vectors and images in the formats people have, and the shipped demo set."""
+"""Where rows come from: vectors, tables and images, read in bounded memory by one small interface."""
 
-from gsl_dist.data.corpus import Batch, Corpus, CorpusConfig, Reject, merge_batches, open_corpus, split_rows
-from gsl_dist.data.images import FASHION_CLASSES, ImageConfig, decode_image, fashion_folder
-from gsl_dist.data.vectors import write_fvecs
+from gsl_dist.data.corpus import Batch, Corpus, Reject, merge_batches, open_corpus, split_rows
+from gsl_dist.data.images import FASHION_CLASSES, decode_image, fashion_folder
+from gsl_dist.data.source import CorpusConfig, ImageConfig
+from gsl_dist.data.vectors import read_vectors, write_vectors
 
 __all__ = [
     "FASHION_CLASSES",
@@ -15,6 +16,7 @@ __all__ = [
     "fashion_folder",
     "merge_batches",
     "open_corpus",
+    "read_vectors",
     "split_rows",
-    "write_fvecs",
+    "write_vectors",
 ]

@@ -1,0 +1,175 @@
+"""What the sharded service costs beside an echo and beside one process, as ratios within one run.
+
+    python benchmarks/serving.py [--quick]
+
+Claims: the median of one query over the direct port is at most 3 times that of an echo through the same server; batches
+of 1,024 through the service reach at least 0.85 of the rate at which one process with as many threads searches the same
+shards. Writes benchmarks/results/serving.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from gsl_dist.client import Client
+from gsl_dist.cluster.serve import ServeConfig, Service, serve, stop_service
+from gsl_dist.config import Resources
+from gsl_dist.index.ivfpq import create_shard, extract_codebook, fill_shard, read_lists
+from gsl_dist.index.manifest import CODEBOOK, Manifest, ShardEntry, promote_version, publish_version, version_folder
+from gsl_dist.index.search import LocalSearcher, open_searcher
+from gsl_dist.measure import measure_latency, measure_throughput
+from gsl_dist.storage import Folder
+
+HERE = Path(__file__).resolve().parent
+VECTORS = HERE.parents[1] / "shared" / "data" / "sift100k_photos.npz"
+CELLS, SUB_VECTORS, SHARDS, REPLICAS, THREADS = 256, 16, 4, 2, 1
+K, PROBES, BATCH = 10, 16, 1024
+LATENCY_TARGET, THROUGHPUT_TARGET = 3.0, 0.85
+
+
+def load_vectors() -> tuple[NDArray[np.float32], NDArray[np.float32], str]:
+    """Give a base, queries and the name of both: real SIFT if it is there, else seeded clusters."""
+    if VECTORS.exists():
+        arrays = np.load(VECTORS)
+        base, queries = (np.ascontiguousarray(arrays[name], np.float32) for name in ("base", "query"))
+        return base, np.resize(queries, (8 * BATCH, queries.shape[1])), "sift100k_photos"
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(1000, 128)).astype(np.float32)
+    base, queries = (
+        centres[rng.integers(1000, size=size)] + 0.3 * rng.normal(size=(size, 128)).astype(np.float32)
+        for size in (100_000, 8 * BATCH)
+    )
+    return base.astype(np.float32), queries.astype(np.float32), "clustered_100k"
+
+
+def build_index(folder: str, base: NDArray[np.float32]) -> None:
+    """Train IVF-PQ with faiss and publish its codes as shards."""
+    whole = faiss.IndexIVFPQ(faiss.IndexFlatL2(base.shape[1]), base.shape[1], CELLS, SUB_VECTORS, 8)
+    whole.train(base[:50_000])
+    whole.add(base)
+    codebook, (ids, cells, codes) = extract_codebook(whole), read_lists(whole)
+    index = Folder(folder)
+    place = version_folder(index, "bench")
+    codebook.save(place, CODEBOOK)
+    entries = []
+    for rank in range(SHARDS):
+        mine, shard, name = ids % SHARDS == rank, create_shard(codebook), f"shard-{rank:05d}"
+        fill_shard(shard, ids[mine], cells[mine], codes[mine])
+        with place.whole(f"{name}.faiss") as path:
+            faiss.write_index(shard, str(path))
+        entries.append(ShardEntry(name=name, rows=int(mine.sum()), index=place.pin(f"{name}.faiss")))
+    shape = {"dim": codebook.dim, "cells": CELLS, "sub_vectors": SUB_VECTORS, "bits": 8, "residual": True}
+    manifest = Manifest(
+        version="bench",
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        fingerprint=codebook.fingerprint,
+        bytes_per_item=codebook.code_bytes,
+        rows=len(base),
+        shards=entries,
+        codebook=place.pin(CODEBOOK),
+        **shape,
+    )
+    publish_version(index, manifest)
+    promote_version(index, "bench")
+
+
+def compare_latency(url: str, queries: NDArray[np.float32], rounds: int, searches: int) -> dict[str, Any]:
+    """Time single queries over both bodies, several rounds each."""
+    found: dict[str, Any] = {}
+    for body in ("json", "binary"):
+        runs = [
+            measure_latency(url, queries[:500], K, PROBES, searches, binary=body == "binary") for _ in range(rounds)
+        ]
+        ratios = [run["served_p50_ms"] / run["echo_p50_ms"] for run in runs]
+        found[body] = {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
+        found[body] |= summarize("ratio", ratios)
+    return found
+
+
+def compare_throughput(
+    service: Service, local: LocalSearcher, queries: NDArray[np.float32], rounds: int
+) -> dict[str, Any]:
+    """Search the same batches through the service and in this process, turn by turn."""
+    rates: dict[str, list[float]] = {"served": [], "local": []}
+    with Client(service.url) as client:
+        hits, expected = client.search(queries[:BATCH], K, PROBES), local.search(queries[:BATCH], K, probes=PROBES)
+        assert np.array_equal(hits.ids, expected.ids) and np.array_equal(hits.distances, expected.distances)
+        searches = {
+            "served": lambda part: client.search(part, K, PROBES),
+            "local": lambda part: local.search(part, K, probes=PROBES),
+        }
+        for _ in range(rounds):
+            for name, search in searches.items():
+                rates[name].append(measure_throughput(search, queries, BATCH, 1))
+                time.sleep(0.2)  # idle OpenMP threads spin for a while and would take the other side's cores
+    ratios = [served / alone for served, alone in zip(rates["served"], rates["local"], strict=True)]
+    middle = {f"{name}_qps": round(statistics.median(found)) for name, found in rates.items()}
+    return middle | summarize("ratio", ratios)
+
+
+def summarize(name: str, values: list[float]) -> dict[str, Any]:
+    """Give the median of repeated figures and how far apart they lie."""
+    return {
+        name: round(statistics.median(values), 3),
+        f"{name}_min": round(min(values), 3),
+        f"{name}_max": round(max(values), 3),
+        "rounds": len(values),
+    }
+
+
+def describe_run(vectors: str) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    layout = {"shards": SHARDS, "replicas": REPLICAS, "threads_per_replica": THREADS, "cells": CELLS, "probes": PROBES}
+    layout |= {"k": K, "batch": BATCH, "sub_vectors": SUB_VECTORS}
+    return {"commit": commit.stdout.strip(), "cores": os.cpu_count(), "vectors": vectors, "layout": layout}
+
+
+def print_table(result: dict[str, Any]) -> None:
+    print(f"{'one query':<22}{'p50 ms':>10}{'p99 ms':>10}{'echo p50':>10}{'ratio':>8}   target <= {LATENCY_TARGET}")
+    for body, row in result["latency"].items():
+        spread = f"{row['ratio_min']} to {row['ratio_max']}"
+        figures = f"{row['served_p50_ms']:>10}{row['served_p99_ms']:>10}{row['echo_p50_ms']:>10}{row['ratio']:>8}"
+        print(f"{body:<22}{figures}   {spread}")
+    row = result["throughput"]
+    print(f"{'batches of 1,024':<22}{'served q/s':>10}{'one process':>14}{'ratio':>8}   target >= {THROUGHPUT_TARGET}")
+    figures = f"{row['served_qps']:>10}{row['local_qps']:>14}{row['ratio']:>8}"
+    print(f"{'':<22}{figures}   {row['ratio_min']} to {row['ratio_max']}")
+
+
+def main() -> None:
+    """Build, serve, measure, write and show."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    quick = parser.parse_args().quick
+    base, queries, vectors = load_vectors()
+    with tempfile.TemporaryDirectory() as folder:
+        build_index(folder, base)
+        ray.init(address="local", num_cpus=REPLICAS * THREADS, include_dashboard=False, log_to_driver=False)
+        config = ServeConfig(index=folder, port=0, replicas=REPLICAS, resources=Resources(cpus=THREADS))
+        service, local = serve(config), open_searcher(folder, threads=REPLICAS * THREADS)
+        result = describe_run(vectors)
+        result["throughput"] = compare_throughput(service, local, queries, 5 if quick else 15)
+        result["latency"] = compare_latency(service.url, queries, 5, 200 if quick else 1000)
+        stop_service()
+        ray.shutdown()
+    target = HERE / "results" / "serving.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(result, indent=2) + "\n")
+    print_table(result)
+
+
+if __name__ == "__main__":
+    main()

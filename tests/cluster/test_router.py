@@ -1,0 +1,374 @@
+"""Router, replicas and both bodies of the HTTP door in one process, without Ray."""
+
+import asyncio
+import http.client
+import json
+import threading
+import time
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+
+pytest.importorskip("uvicorn")
+from worlds import make_index, make_queries
+
+from gsl_dist.client import Client
+from gsl_dist.cluster.app import DirectDoor, Handover, Limits, bind_port, create_app
+from gsl_dist.cluster.replica import Replica
+from gsl_dist.cluster.router import Router, spread_shards
+from gsl_dist.errors import ConfigError, QueryError, ShardUnavailable
+from gsl_dist.index.manifest import ShardEntry, publish_version
+from gsl_dist.index.search import open_searcher
+from gsl_dist.storage import FileEntry, Folder
+from gsl_dist.wire import QUERY_TYPE, pack_query, unpack_hits
+
+
+class World:
+    """Replicas and a router of one index in this process."""
+
+    def __init__(self, folder, replicas=2, limits=None, timeout_s=5.0):
+        self.folder, self.local = str(folder), open_searcher(str(folder))
+        self.groups = spread_shards(self.local.manifest.shards, replicas)
+        self.replicas, self.addresses = {}, {}
+        for name in self.groups:
+            self.begin(name)
+        self.router = Router(self.local.manifest, self.groups, self.resolve, timeout_s=timeout_s)
+        self.door = DirectDoor(
+            self.router, create_app(self.router, self.folder, limits or Limits()), host="127.0.0.1", port=0
+        )
+        self.door.start()
+        self.url = f"http://127.0.0.1:{self.door.port}"
+        self.await_shards(len(self.local.manifest.shards))
+
+    async def resolve(self, name):
+        return self.addresses.get(name)
+
+    def begin(self, name):
+        self.replicas[name] = Replica(open_searcher(self.folder, names=self.groups[name]))
+        self.addresses[name] = self.replicas[name].start()
+
+    def kill(self, name):
+        del self.addresses[name]
+        self.replicas.pop(name).stop()
+
+    def await_shards(self, count):
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            answer = httpx.get(f"{self.url}/healthz").json()
+            if answer.get("shards_answered", 0) == count:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"{count} shards never answered")
+
+    def post(self, body, path="/v1/search", kind="application/json"):
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return httpx.post(self.url + path, content=content, headers={"content-type": kind})
+
+    def stop(self):
+        self.door.stop()
+        for replica in self.replicas.values():
+            replica.stop()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("index")
+    make_index(folder)
+    world = World(folder, limits=Limits(batch=64, body_bytes=80_000))
+    yield world
+    world.stop()
+
+
+@pytest.fixture
+def fragile(tmp_path):
+    """A world of its own for tests that kill replicas."""
+    make_index(tmp_path)
+    world = World(tmp_path)
+    yield world
+    world.stop()
+
+
+def same(hits, expected):
+    return np.array_equal(hits.ids, expected.ids) and np.array_equal(hits.distances, expected.distances)
+
+
+def good(**changes):
+    return {"vectors": make_queries(2).tolist(), "k": 3, "probes": 8} | changes
+
+
+@pytest.mark.parametrize("k, probes", [(1, 1), (5, 8), (10, None), (300, 2)])
+def test_client_equals_router_equals_local_searcher(world, k, probes):
+    queries = make_queries()
+    expected = world.local.search(queries, k, probes=probes)
+    routed = asyncio.run_coroutine_threadsafe(world.router.search(queries, k, probes=probes), world.door.loop).result(
+        10
+    )
+    with Client(world.url) as client:
+        served = client.search(queries, k, probes)
+        single = client.search(queries[0], k, probes)
+    assert same(routed, expected) and same(served, expected)
+    assert np.array_equal(single.ids, expected.ids[:1])
+    assert (served.shards_answered, served.shards_total, served.version) == (3, 3, "v1")
+
+
+def test_json_equals_the_binary_body(world):
+    body = good()
+    expected = world.local.search(body["vectors"], 3, probes=8)
+    answer = world.post(body).json()
+    assert answer["ids"] == expected.ids.tolist()
+    assert np.array_equal(np.array(answer["distances"], np.float32), expected.distances)
+    assert (answer["shards_answered"], answer["shards_total"], answer["version"]) == (3, 3, "v1")
+
+
+@pytest.mark.parametrize("shards, replicas", [(1, 1), (2, 1), (2, 2), (5, 2)])
+def test_one_index_equals_any_number_of_shards(tmp_path, shards, replicas):
+    make_index(tmp_path / "whole", shards=1)
+    make_index(tmp_path / "cut", shards=shards)
+    queries = make_queries()
+    expected = open_searcher(str(tmp_path / "whole")).search(queries, 10, probes=8)
+    world = World(tmp_path / "cut", replicas)
+    with Client(world.url) as client:
+        served = client.search(queries, 10, 8)
+    world.stop()
+    np.testing.assert_allclose(served.distances, expected.distances, rtol=1e-6)
+    assert (served.ids == expected.ids).mean() > 0.99  # equal distances may trade places
+
+
+def test_where_nothing_is_found_the_json_holds_minus_one_and_null(world):
+    answer = world.post(good(k=400, probes=1)).json()
+    assert answer["ids"][0][-1] == -1 and answer["distances"][0][-1] is None
+    far = world.post(good(vectors=[[3e38] * 16])).json()
+    assert far["ids"] == [[-1] * 3] and far["distances"] == [[None] * 3]
+
+
+BAD_BODIES = {
+    "not json": (b"{vectors", 400, "body"),
+    "not utf-8": (b"\xff\xfe", 400, "body"),
+    "empty": (b"", 400, "body"),
+    "a list": (b"[]", 400, "body"),
+    "no vectors": ({}, 400, "vectors"),
+    "vectors not a list": (good(vectors="abc"), 400, "vectors"),
+    "wrong dimension": (good(vectors=[[0.0] * 15]), 400, "vectors[0]"),
+    "one row not a list": (good(vectors=[[0.0] * 16, 3]), 400, "vectors[1]"),
+    "ragged": (good(vectors=[[0.0] * 16, [0.0] * 3]), 400, "vectors[1]"),
+    "NaN": (b'{"vectors": [[NaN]]}', 400, "body"),
+    "infinity": (b'{"vectors": [[1e999]]}', 400, "body"),
+    "too large for float32": (good(vectors=[[1e39] * 16]), 400, "vectors"),
+    "null inside": (good(vectors=[[None] * 16]), 400, "vectors[0]"),
+    "strings": (good(vectors=[["1.5"] * 16]), 400, "vectors[0]"),
+    "bools": (good(vectors=[[1.0] * 15 + [True]]), 400, "vectors[0]"),
+    "nested too deep": (good(vectors=[[[0.0]] * 16]), 400, "vectors[0]"),
+    "k zero": (good(k=0), 400, "k"),
+    "k negative": (good(k=-3), 400, "k"),
+    "k over the limit": (good(k=16385), 400, "k"),
+    "k a float": (good(k=3.0), 400, "k"),
+    "k a bool": (good(k=True), 400, "k"),
+    "k a string": (good(k="3"), 400, "k"),
+    "k beyond 64 bits": (good(k=10**30), 400, "k"),
+    "probes zero": (good(probes=0), 400, "probes"),
+    "probes over the cells": (good(probes=9), 400, "probes"),
+    "probes a bool": (good(probes=False), 400, "probes"),
+    "require_all a number": (good(require_all=1), 400, "require_all"),
+    "extra key": (good(nprobe=4), 400, "nprobe"),
+    "empty batch": (good(vectors=[]), 400, "vectors"),
+    "batch over the limit": (good(vectors=[[0.0] * 16] * 65), 413, "vectors"),
+    "answer over the limit": (good(vectors=[[0.0] * 16] * 2, k=16384), 413, "k"),
+    "body over the limit": (b" " * 80_001, 413, "body"),
+    "unknown version": (good(version="v9"), 404, "version"),
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/search", "/v1/echo"])
+@pytest.mark.parametrize("case", BAD_BODIES)
+def test_bad_input_is_a_4xx_that_names_the_field(world, case, path):
+    body, status, field = BAD_BODIES[case]
+    answer = world.post(body, path)
+    assert (answer.status_code, answer.json()["field"]) == (status, field)
+    assert answer.json()["code"] and field in answer.json()["message"]
+
+
+@pytest.mark.parametrize(
+    "body, query, status, field",
+    [
+        (b"GSLQ", "", 400, "body"),
+        (pack_query(make_queries(2), 3, 8)[:-1], "", 400, "body"),
+        (pack_query(make_queries(2, dim=15), 3, 8), "", 400, "vectors"),
+        (pack_query(np.full((1, 16), np.nan, np.float32), 3, 8), "", 400, "vectors"),
+        (pack_query(make_queries(0), 3, 8), "", 400, "vectors"),
+        (pack_query(make_queries(65), 3, 8), "", 413, "vectors"),
+        (pack_query(make_queries(2), 99999, 8), "", 400, "k"),
+        (pack_query(make_queries(2), 3, 9), "", 400, "probes"),
+        (pack_query(make_queries(2), 3, 8), "?require_all=maybe", 400, "require_all"),
+        (pack_query(make_queries(2), 3, 8), "?k=4", 400, "k"),
+        (pack_query(make_queries(2), 3, 8), "?version=v9", 404, "version"),
+    ],
+)
+def test_bad_binary_bodies_are_refused_in_the_same_shape(world, body, query, status, field):
+    answer = world.post(body, "/v1/search" + query, QUERY_TYPE)
+    assert (answer.status_code, answer.json()["field"]) == (status, field)
+
+
+@pytest.mark.parametrize(
+    "method, path, status",
+    [("GET", "/nope", 404), ("POST", "/", 404), ("GET", "/v1/search", 405), ("DELETE", "/healthz", 405)],
+)
+def test_unknown_routes_and_methods_answer_in_the_same_shape(world, method, path, status):
+    answer = httpx.request(method, world.url + path)
+    assert answer.status_code == status
+    assert set(answer.json()) == {"code", "message", "field"}
+
+
+def test_a_body_that_announces_no_length_is_cut_off_at_the_limit(world):
+    answer = httpx.post(f"{world.url}/v1/search", content=(b" " * 1000 for _ in range(100)))
+    assert answer.status_code == 413 and answer.json()["field"] == "body"
+
+
+def test_an_announced_length_over_the_limit_is_refused_before_the_body_is_sent(world):
+    connection = http.client.HTTPConnection(urlsplit(world.url).netloc, timeout=5)
+    connection.putrequest("POST", "/v1/search")
+    connection.putheader("content-length", str(10**12))
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_versions_tells_what_is_there_promoted_and_served(world):
+    answer = httpx.get(f"{world.url}/v1/versions").json()
+    assert (answer["versions"], answer["served"], answer["promoted"]) == (["v1"], "v1", "v1")
+    assert (answer["dim"], answer["cells"], answer["rows"], answer["metric"], answer["shards"]) == (16, 8, 400, "l2", 3)
+
+
+def test_a_version_published_later_is_listed_and_not_served(fragile):
+    later = fragile.local.manifest.model_copy(update={"version": "v2"})
+    publish_version(Folder(fragile.folder), later)
+    with Client(fragile.url) as client:
+        assert client.versions()["versions"] == ["v1", "v2"] and client.versions()["served"] == "v1"
+
+
+def test_the_api_page_describes_both_bodies(world):
+    page = httpx.get(f"{world.url}/openapi.json").json()
+    content = page["paths"]["/v1/search"]["post"]["requestBody"]["content"]
+    assert set(content) == {"application/json", QUERY_TYPE}
+
+
+def test_a_partial_answer_says_so_and_becomes_whole_when_the_replica_is_back(fragile):
+    queries, dead = make_queries(), "replica-0"
+    fragile.kill(dead)
+    held = [name for name in fragile.local.shards if name not in fragile.groups[dead]]
+    expected = open_searcher(fragile.folder, names=held).search(queries, 5, probes=8)
+    with Client(fragile.url) as client:
+        hits = client.search(queries, 5, 8)
+        assert hits.is_partial and (hits.shards_answered, hits.shards_total) == (len(held), 3)
+        assert same(hits, expected)
+        assert client.health()["status"] == "partial"
+        with pytest.raises(ShardUnavailable) as caught:
+            client.search(queries, 5, 8, require_all=True)
+        assert caught.value.missing == fragile.groups[dead] and caught.value.total == 3
+        assert fragile.post(good(require_all=True)).status_code == 503
+        fragile.begin(dead)  # at another port
+        fragile.await_shards(3)
+        assert same(client.search(queries, 5, 8, require_all=True), fragile.local.search(queries, 5, probes=8))
+
+
+def test_no_replica_left_is_503_and_names_every_shard(fragile):
+    for name in list(fragile.replicas):
+        fragile.kill(name)
+    answer = fragile.post(good())
+    assert answer.status_code == 503 and sorted(answer.json()["missing"]) == sorted(fragile.local.shards)
+    with Client(fragile.url) as client, pytest.raises(ShardUnavailable):
+        client.health()
+
+
+def test_an_address_where_other_shards_live_is_not_believed(fragile):
+    fragile.kill("replica-0")
+    fragile.addresses["replica-0"] = fragile.addresses["replica-1"]
+    time.sleep(0.5)
+    with Client(fragile.url) as client:
+        assert client.search(make_queries(), 5).is_partial
+
+
+def test_a_late_replica_is_left_out(tmp_path, monkeypatch):
+    make_index(tmp_path)
+    world = World(tmp_path, timeout_s=0.3)
+    slow = world.replicas["replica-1"]
+    answer, let_go = slow.answer, threading.Event()
+    monkeypatch.setattr(slow, "answer", lambda body: (let_go.wait(10), answer(body))[1])
+    with Client(world.url) as client:
+        hits = client.search(make_queries(), 5)
+        assert hits.shards_answered == len(world.groups["replica-0"])
+        let_go.set()
+        assert not client.search(make_queries(), 5).is_partial  # its late answer is not taken for the next
+    world.stop()
+
+
+def test_many_queries_at_once_each_get_their_own_answer(world):
+    queries = make_queries(40)
+    expected = world.local.search(queries, 5, probes=8)
+
+    async def ask_all():
+        async with httpx.AsyncClient(timeout=20) as http:
+            posts = [
+                http.post(
+                    f"{world.url}/v1/search",
+                    content=pack_query(query[None], 5, 8),
+                    headers={"content-type": QUERY_TYPE},
+                )
+                for query in queries
+            ]
+            return [unpack_hits(answer.content) for answer in await asyncio.gather(*posts)]
+
+    answers = asyncio.run(ask_all())
+    assert np.array_equal(np.concatenate([hits.ids for hits in answers]), expected.ids)
+
+
+def test_another_loop_searches_through_the_same_router(world):
+    app = create_app(Handover(world.door), world.folder)
+
+    async def ask():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://serve") as http:
+            return await http.post("/v1/search", json=good())
+
+    assert asyncio.run(ask()).json() == world.post(good()).json()
+
+
+def test_a_replica_refuses_what_a_router_should_not_send(world):
+    replica = next(iter(world.replicas.values()))
+    for body in (b"nonsense", pack_query(make_queries(1, dim=3), 1, 1), pack_query(make_queries(1), 1, 99)):
+        status, message = replica.answer(body)
+        assert status.name == "REFUSED" and b"Traceback" not in message
+
+
+def test_a_replica_hangs_up_on_frames_that_are_too_long(world):
+    host, port = next(iter(world.addresses.values())).split(":")
+
+    async def shout():
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"\xff" * 12)
+        return await asyncio.wait_for(reader.read(), 5)
+
+    assert asyncio.run(shout()) == b""
+
+
+def test_the_router_checks_what_it_is_given(world):
+    with pytest.raises(QueryError):
+        asyncio.run_coroutine_threadsafe(world.router.search([[1.0]]), world.door.loop).result(5)
+
+
+def test_a_port_in_use_is_named(world):
+    with pytest.raises(ConfigError, match=str(world.door.port)):
+        bind_port("127.0.0.1", world.door.port)
+
+
+@pytest.mark.parametrize(
+    "rows, replicas, largest", [([10, 10, 10, 10], 2, 20), ([50, 10, 20, 30, 5], 2, 60), ([0, 0, 0], 3, 0)]
+)
+def test_shards_are_spread_by_rows_and_no_replica_is_empty(rows, replicas, largest):
+    file = FileEntry(name="f", bytes=0, sha256="")
+    shards = [ShardEntry(name=f"s{rank}", rows=count, index=file) for rank, count in enumerate(rows)]
+    groups = spread_shards(shards, replicas)
+    size = dict(zip((shard.name for shard in shards), rows, strict=True))
+    assert all(groups.values()) and sorted(name for group in groups.values() for name in group) == sorted(size)
+    assert max(sum(size[name] for name in group) for group in groups.values()) == largest

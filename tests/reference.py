@@ -1,0 +1,158 @@
+"""The slow and obvious versions that the fast code is compared with."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+
+def average_precision_in_order(relevant, top=None):
+    """Average precision of one fixed order, divided by the relevant items found within the first `top`."""
+    found, total = 0, 0.0
+    for place, is_relevant in enumerate(relevant[:top], start=1):
+        if is_relevant:
+            found += 1
+            total += found / place
+    return total / found if found else 0.0
+
+
+def average_precision_over_permutations(distances, relevant, top=None):
+    """Mean over every order of the items that keeps the distances ascending."""
+    groups = [
+        [is_relevant for distance, is_relevant in zip(distances, relevant, strict=True) if distance == wanted]
+        for wanted in sorted(set(distances))
+    ]
+    orders = itertools.product(*(list(itertools.permutations(group)) for group in groups))
+    scores = [average_precision_in_order([flag for group in order for flag in group], top) for order in orders]
+    return sum(scores) / len(scores)
+
+
+def snap_in_loops(grad, y, books, config):
+    """Bend gradients row by row and block by block, by the formulas of `gsl_dist.snap`; lists of the same nesting.
+
+    Gives the bent gradients, whether each block was aligned, and the pull d of each (None where none was aligned).
+    """
+    pulls = [
+        [_choose_pull(g, x, book, config) for g, x, book in zip(*row, books, strict=True)]
+        for row in zip(grad, y, strict=True)
+    ]
+    projections = [
+        [[0.0] * len(g) if d is None else _project(g, d) for g, d in zip(*row, strict=True)]
+        for row in zip(grad, pulls, strict=True)
+    ]
+    total, kept = _length(_flatten(grad)), _length(_flatten(projections))
+    scale = total / kept if kept else 0.0
+    bent = [
+        [
+            _fall_back(g, x, book, config.fallback) if d is None else _bend_block(g, d, scale, config)
+            for g, x, d, book in zip(*row, books, strict=True)
+        ]
+        for row in zip(grad, y, pulls, strict=True)
+    ]
+    return bent, [[d is not None for d in row] for row in pulls], pulls
+
+
+def _choose_pull(g, x, book, config):
+    pulls = sorted(([c - a for c, a in zip(word, x, strict=True)] for word in book), key=_length)
+    ranges = [pulls[: config.neighbours]] + [pulls] * (config.fallback == "widen")
+    for candidates in ranges:
+        cosines = [(-_dot(g, d) / (_length(g) * _length(d)), d) for d in candidates if _length(d) and _length(g)]
+        best, pull = max(cosines, key=lambda pair: pair[0], default=(0.0, None))
+        if best > 0:
+            return pull
+    return None
+
+
+def _bend_block(g, d, scale, config):
+    projection = _project(g, d)
+    pull = [-_length(g) * a / _length(d) for a in d]
+    if config.variant == "norm":
+        return pull
+    if config.variant == "clamp":
+        longest = _length(d) / config.step
+        return [a * min(1.0, longest / _length(projection)) for a in projection]
+    if config.variant == "rescale":
+        return [a * scale for a in projection]
+    if config.variant == "blend":
+        return [(1 - config.beta) * a + config.beta * b for a, b in zip(g, projection, strict=True)]
+    if config.variant == "add":
+        return [a + config.beta * b for a, b in zip(g, pull, strict=True)]
+    return projection
+
+
+def _fall_back(g, x, book, fallback):
+    if fallback == "pass":
+        return list(g)
+    if fallback != "orthogonal":
+        return [0.0] * len(g)
+    nearest = min(([a - c for c, a in zip(word, x, strict=True)] for word in book), key=_length)
+    part = _project(g, nearest) if _length(nearest) else [0.0] * len(g)
+    return [a - b for a, b in zip(g, part, strict=True)]
+
+
+def _project(g, d):
+    return [_dot(g, d) / _dot(d, d) * a for a in d]
+
+
+def _dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def _length(a):
+    return math.sqrt(_dot(a, a))
+
+
+def _flatten(nested):
+    return [value for row in nested for block in row for value in block]
+
+
+def lloyd_in_loops(x, centroids):
+    """One step of Lloyd for one group: new centroids (None for one that won no row), labels, squared distances."""
+    labels, distances = [], []
+    for row in x:
+        reach = [sum((a - b) ** 2 for a, b in zip(row, centroid, strict=True)) for centroid in centroids]
+        distances.append(min(reach))
+        labels.append(reach.index(distances[-1]))
+    moved = []
+    for word in range(len(centroids)):
+        won = [row for row, label in zip(x, labels, strict=True) if label == word]
+        moved.append([sum(column) / len(won) for column in zip(*won, strict=True)] if won else None)
+    return moved, labels, distances
+
+
+def triplet_in_loops(y, labels, margin):
+    """Batch-hard triplets on rows of length 1, distances not squared; the mean over the terms above 0."""
+    y, terms = [_scale_to_one(row) for row in y], []
+    for a, label in enumerate(labels):
+        near = [math.dist(y[a], y[i]) for i, other in enumerate(labels) if other == label and i != a]
+        far = [math.dist(y[a], y[i]) for i, other in enumerate(labels) if other != label]
+        if near and far:
+            terms.append(max(near) - min(far) + margin)
+    return _mean_above_zero(terms)
+
+
+def pairwise_in_loops(y, labels, margin):
+    """Contrastive pairs on rows of length 1, distances not squared; each mean is over the terms above 0."""
+    y, near, far = [_scale_to_one(row) for row in y], [], []
+    for a, b in itertools.permutations(range(len(labels)), 2):
+        distance = math.dist(y[a], y[b])
+        (near if labels[a] == labels[b] else far).append(distance if labels[a] == labels[b] else margin - distance)
+    return _mean_above_zero(near) + _mean_above_zero(far)
+
+
+def proxy_in_loops(y, labels, proxies, temperature):
+    """Cross-entropy of the cosines to the proxies over the temperature; the mean over all rows."""
+    y, proxies, total = [_scale_to_one(row) for row in y], [_scale_to_one(proxy) for proxy in proxies], 0.0
+    for row, label in zip(y, labels, strict=True):
+        scores = [_dot(row, proxy) / temperature for proxy in proxies]
+        total += math.log(sum(math.exp(score) for score in scores)) - scores[label]
+    return total / len(labels)
+
+
+def _scale_to_one(row):
+    return [a / _length(row) for a in row]
+
+
+def _mean_above_zero(terms):
+    terms = [term for term in terms if term > 0]
+    return sum(terms) / len(terms) if terms else 0.0

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+
+from gsl_dist.errors import QueryError
+from gsl_dist.hits import Hits
+from gsl_dist.wire import pack_hits, pack_query, unpack_hits, unpack_query
+
+QUERIES = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+HITS = Hits(np.arange(6).reshape(3, 2), np.arange(6, dtype=np.float32).reshape(3, 2), 2, 3, "v1.é")
+
+
+@pytest.mark.parametrize("probes", [None, 7])
+def test_a_query_comes_back_as_it_was(probes):
+    queries, k, got = unpack_query(pack_query(QUERIES, 10, probes))
+    assert np.array_equal(queries, QUERIES) and queries.dtype == np.float32
+    assert (k, got) == (10, probes)
+
+
+def test_hits_come_back_as_they_were():
+    back = unpack_hits(pack_hits(HITS))
+    assert np.array_equal(back.ids, HITS.ids) and np.array_equal(back.distances, HITS.distances)
+    assert (back.ids.dtype, back.distances.dtype) == (np.int64, np.float32)
+    assert (back.shards_answered, back.shards_total, back.version) == (2, 3, "v1.é")
+
+
+def test_arrays_are_views_of_the_body_and_aligned():
+    body = pack_hits(HITS)
+    back = unpack_hits(body)
+    assert not back.ids.flags.owndata and back.ids.flags.aligned and back.distances.flags.aligned
+    assert unpack_query(pack_query(QUERIES, 1, 1))[0].flags.aligned
+
+
+def test_arrays_that_are_not_contiguous_are_packed_by_value():
+    turned = np.asfortranarray(QUERIES)
+    assert pack_query(turned[::2], 1, 1) == pack_query(np.ascontiguousarray(QUERIES[::2]), 1, 1)
+
+
+@pytest.mark.parametrize(
+    "pack, unpack", [(lambda: pack_query(QUERIES, 2, 2), unpack_query), (lambda: pack_hits(HITS), unpack_hits)]
+)
+def test_every_other_length_is_refused(pack, unpack):
+    body = pack()
+    for cut in range(len(body)):
+        with pytest.raises(QueryError):
+            unpack(body[:cut])
+    with pytest.raises(QueryError, match="accounts for"):
+        unpack(body + b"x")
+
+
+@pytest.mark.parametrize("place, value", [(0, b"X"), (4, b"\x02"), (8, b"\xff\xff\xff\xff"), (12, b"\xff\xff\xff\xff")])
+def test_counts_and_magic_are_never_trusted(place, value):
+    for body, unpack in ((pack_query(QUERIES, 2, 2), unpack_query), (pack_hits(HITS), unpack_hits)):
+        with pytest.raises(QueryError):
+            unpack(body[:place] + value + body[place + len(value) :])
+
+
+def test_a_name_that_is_not_text_is_refused():
+    body = pack_hits(Hits(HITS.ids, HITS.distances, 1, 1, "ab"))
+    with pytest.raises(QueryError, match="UTF-8"):
+        unpack_hits(body[:-2] + b"\xff\xff")
+
+
+@pytest.mark.parametrize(
+    "field, k, probes",
+    [("k", 0, 1), ("k", -1, 1), ("k", 1.5, 1), ("k", True, 1), ("k", 2**40, 1), ("probes", 1, 0), ("probes", 1, "4")],
+)
+def test_counts_that_are_no_counts_are_named(field, k, probes):
+    with pytest.raises(QueryError) as caught:
+        pack_query(QUERIES, k, probes)
+    assert caught.value.field == field
