@@ -131,7 +131,7 @@ def _build_shards(
     config: BuildConfig, folder: Folder, codes: Card, made_by: str, progress: Progress
 ) -> list[BuiltShard]:
     names = [shard["name"] for shard in codes.facts["shards"]]
-    done = {name: built for name in names if (built := _note(folder, name, made_by))}
+    done = {name: note for name in names if (note := _note(folder, name, made_by))}
     missing = [name for name in names if name not in done]
     if missing:
         start_session(config.resources.cpus)

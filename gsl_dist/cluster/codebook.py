@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 
 from gsl_dist.artefact import Card, find_finished, open_card, publish_card
-from gsl_dist.cluster.coordinator import Agenda, Coordinator, Seat
+from gsl_dist.cluster.coordinator import Agenda, Seat, start_coordinator
 from gsl_dist.cluster.model import CODEBOOK, load_encoder, load_trained_codebook, pick_device
 from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
 from gsl_dist.codebook import Codebook
@@ -100,7 +100,7 @@ def _fit(config: CodebookConfig, progress: Progress) -> tuple[Codebook, float]:
     workers = config.resources.workers
     agenda = Agenda(config.quantizer, dim, config.lloyd, config.seed)
     with own_errors():
-        coordinator, attempt = Coordinator.remote(), uuid.uuid4().hex
+        coordinator, attempt = start_coordinator(), uuid.uuid4().hex
         work = ray.remote(num_cpus=config.resources.cpus, num_gpus=config.resources.gpus)(_take_part)
         parts = [work.remote(config, agenda, Seat(coordinator, attempt, rank, workers)) for rank in range(workers)]
         progress("codebook", 0, 1, f"{workers} workers")

@@ -89,7 +89,6 @@ class Meeting:
             waiting.set_exception(error)
 
 
-@ray.remote(num_cpus=0, max_concurrency=1000)
 class Coordinator:
     """The shell around meetings; it also collects remarks on progress for the driver."""
 
@@ -121,3 +120,8 @@ class Coordinator:
         """Give what was noted since the last call."""
         taken, self._remarks = self._remarks, []
         return taken
+
+
+def start_coordinator() -> Any:
+    """Start a coordinator as an actor; it ends with the last handle to it."""
+    return ray.remote(num_cpus=0, max_concurrency=1000)(Coordinator).remote()

@@ -70,6 +70,9 @@ def run_evaluate(config: EvaluateConfig, progress: Progress = stay_quiet) -> dic
     """
     searcher = open_searcher(config.index, config.version, threads=config.resources.threads)
     queries = open_corpus(config.queries).read_all()
+    wanted = np.empty(0, np.int64) if queries.labels is None else queries.labels
+    if config.label_column and queries.labels is None:
+        raise ConfigError("queries.label_column", None, "mAP needs the labels of the queries too")
     vectors_QD = embed_queries(config.index, searcher.manifest, queries.items)
     query_ids = queries.ids if config.queries.id_column else None
     measured: dict[str, Any] = {
@@ -83,14 +86,14 @@ def run_evaluate(config: EvaluateConfig, progress: Progress = stay_quiet) -> dic
     labels = _read_labels(config, searcher.manifest) if config.label_column else None
     if labels is not None:
         ranked = rank_all(searcher, vectors_QD)
-        measured["map_coded"] = evaluate_map(ranked, queries.labels, labels, top=config.top, query_ids=query_ids)
+        measured["map_coded"] = evaluate_map(ranked, wanted, labels, top=config.top, query_ids=query_ids)
     progress("evaluate", 1, 3, "exact search")
     if config.codes:
         items = read_items(config.codes, searcher)
         measured["quantization_error"] = quantization_error(items.vectors, items.decoded)
         if labels is not None:
             exact = _rank_items(vectors_QD, items, len(items.ids))
-            measured["map_float"] = evaluate_map(exact, queries.labels, labels, top=config.top, query_ids=query_ids)
+            measured["map_float"] = evaluate_map(exact, wanted, labels, top=config.top, query_ids=query_ids)
         progress("evaluate", 2, 3, "recall by probes")
         truth = _rank_items(vectors_QD, items, min(10, len(items.ids)))
         measured["recall_by_probes"] = _recall_by_probes(config, searcher, vectors_QD, truth)

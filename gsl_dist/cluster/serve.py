@@ -30,6 +30,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Deplo
 from gsl_dist.cluster.app import DirectDoor, Handover, Limits, bind_port, create_app
 from gsl_dist.cluster.replica import Replica, is_loopback
 from gsl_dist.cluster.router import Router, spread_shards
+from gsl_dist.cluster.session import Progress, start_session, stay_quiet
 from gsl_dist.config import Location, Resources, Strict
 from gsl_dist.errors import ConfigError, GslError
 from gsl_dist.index.manifest import Manifest, open_version, verify_version
@@ -178,6 +179,20 @@ def serve(config: ServeConfig) -> Service:
     for door in (url, serve_url):
         _await_answer(door, deadline)
     return Service(url, serve_url, groups, manifest.version)
+
+
+def run_serve(config: ServeConfig, progress: Progress = stay_quiet) -> dict[str, Any]:
+    """Serve a version on the cluster that `RAY_ADDRESS` names, or on this machine, and give its addresses.
+
+    Raises:
+        BadInput, ArtefactError, GslError: as `serve`.
+    """
+    _check_version(config)
+    start_session(config.replicas * config.resources.cpus)
+    progress("serve", 0, 1, f"{config.replicas} replicas")
+    service = serve(config)
+    progress("serve", 1, 1, service.url)
+    return {"url": service.url, "serve_url": service.serve_url, "version": service.version}
 
 
 def stop_service() -> None:

@@ -26,7 +26,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
 from gsl_dist.artefact import Card, find_finished
-from gsl_dist.cluster.coordinator import Agenda, Coordinator, Seat
+from gsl_dist.cluster.coordinator import Agenda, Seat, start_coordinator
 from gsl_dist.cluster.model import pick_device, save_model
 from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
@@ -147,12 +147,13 @@ def _check_rows(config: TrainConfig, rows: TrainingSet) -> None:
 @ray.remote
 def _read_rows(config: CorpusConfig) -> TrainingSet:
     batch = open_corpus(config).read_all()
+    assert batch.labels is not None, "settings were checked"
     classes, labels = np.unique(batch.labels, return_inverse=True)
     return TrainingSet(batch.items, labels.astype(np.int64), classes.tolist())
 
 
 def _train(config: TrainConfig, rows: Any, folder: Folder, made_by: str, progress: Progress) -> ray.train.Result:
-    coordinator = Coordinator.remote()
+    coordinator = start_coordinator()
     resources = {"CPU": config.resources.cpus} | ({"GPU": config.resources.gpus} if config.resources.gpus else {})
     trainer = TorchTrainer(
         _train_worker,

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from gsl_dist.config import Strict
 from gsl_dist.errors import ConfigError
 
-
 _GRID = 4
 """Places left in each direction at the end of the CNN: where a thing is still counts for a small image."""
 
