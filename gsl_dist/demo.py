@@ -32,6 +32,7 @@ from gsl_dist.cluster.train import TrainConfig, run_train
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict, check_config
 from gsl_dist.data import FASHION_CLASSES, Batch, CorpusConfig, fashion_folder, open_corpus
+from gsl_dist.encoders import Encoder
 from gsl_dist.evaluate import evaluate_map, quantization_error
 from gsl_dist.fit import embed
 from gsl_dist.index.ivfpq import create_shard, fill_shard
@@ -131,7 +132,7 @@ def train_settings(demo: Demo, bits: int, variant: str, output: str) -> dict[str
         "encoder": {"kind": "cnn", "dim": 48, "channels": [16, 32, 64]},
         "loss": {"kind": "proxy", "temperature": 0.2},
         "quantizer": {"sub_vectors": bits // 4, "bits": 4, "cells": 16, "residual": False},
-        "snap": {"variant": variant, "beta": 1.0, "neighbours": 4},
+        "snap": {"variant": variant, "beta": 0.5, "neighbours": 4},
         "fit": {"epochs": 15, "warmup_epochs": 4, "batch_size": 256, "learning_rate": 2e-3, "seed": demo.seed},
         "resources": {"workers": WORKERS, "cpus": 1},
     }
@@ -223,8 +224,12 @@ def fit_afterwards(demo: Demo, bits: int) -> Codebook:
 
 
 def score_codes(model: str, codebook: Codebook, held: Held) -> Score:
+    """Score the codes that a trained model gives the database."""
+    return score_representations(load_encoder(model)[0], codebook, held)
+
+
+def score_representations(encoder: Encoder, codebook: Codebook, held: Held) -> Score:
     """Rank the database by its codes for every query, in this process, and give mAP and quantization error."""
-    encoder, _ = load_encoder(model)
     y_ND = embed(encoder, torch.from_numpy(held.database.items))
     queries_QD = embed(encoder, torch.from_numpy(held.queries.items)).numpy()
     shape = ProductConfig(

@@ -167,8 +167,7 @@ def fit(
         if snapping_epoch >= 0 and snapping_epoch % config.refresh_epochs == 0:
             trained = refresh(training)
             training.codebook, error = trained.codebook, trained.relative_error
-        progress = (snapping_epoch + 1) / (config.epochs - config.warmup_epochs)
-        training.snapping.set_codebook(training.codebook if snapping_epoch >= 0 else None, progress=progress)
+        training.snapping.set_codebook(training.codebook if snapping_epoch >= 0 else None)
         loss = _run_epoch(training, network, batches(training.epoch))
         training.history.append(_record(training, loss, error))
         if not math.isfinite(loss):

@@ -55,10 +55,15 @@ class SnapConfig(Strict):
 
     variant: Literal["none", "project", "norm", "clamp", "rescale", "blend", "add"] = "add"
     neighbours: int = Field(default=4, ge=1, description="k nearest codewords to choose from in each sub-vector")
-    beta: float = Field(default=1.0, ge=0, description="strength of add; share of project in blend (at most 1)")
-    ramp: bool = Field(default=False, description="let beta grow evenly from epoch to epoch, up to its full value")
+    beta: float = Field(default=0.5, ge=0, description="strength of add; share of project in blend (at most 1)")
     step: float = Field(default=1.0, gt=0, description="assumed step in y, for clamp")
     fallback: Literal["pass", "zero", "widen", "orthogonal"] = "pass"
+
+    @model_validator(mode="after")
+    def _blend_is_share(self) -> SnapConfig:
+        if self.variant == "blend" and self.beta > 1:
+            raise ValueError(f"beta ({self.beta}) is a share in blend: it must be 0 to 1")
+        return self
 
     @model_validator(mode="after")
     def _blend_stays_downhill(self) -> SnapConfig:
@@ -140,15 +145,13 @@ class SnappingLayer(nn.Module):
 
     def __init__(self, config: SnapConfig) -> None:
         super().__init__()
-        self.config = self._active = config
+        self.config = config
         self._books_MKd: Tensor | None = None
         self._coarse_CD: Tensor | None = None
         self._sums = torch.zeros(4, dtype=torch.float64)
 
-    def set_codebook(self, codebook: Codebook | None, *, progress: float = 1.0) -> None:
-        """Take the codewords to land on, or none; `progress` is the share of the snapping epochs, this one included."""
-        strength = self.config.beta * (progress if self.config.ramp else 1.0)
-        self._active = self.config.model_copy(update={"beta": strength})
+    def set_codebook(self, codebook: Codebook | None) -> None:
+        """Take the codewords to land on, or none."""
         self._books_MKd = None if codebook is None else torch.tensor(codebook.books)
         keep_cells = codebook is not None and codebook.residual
         self._coarse_CD = torch.tensor(codebook.coarse) if codebook is not None and keep_cells else None
@@ -172,7 +175,7 @@ class SnappingLayer(nn.Module):
         books_MKd = self._books_MKd.to(grad_ND)
         shape = (len(grad_ND), books_MKd.shape[0], books_MKd.shape[2])
         grad_NMd = grad_ND.reshape(shape)
-        bent_NMd, aligned_NM = snap_gradient(grad_NMd, rest_ND.reshape(shape), books_MKd, self._active)
+        bent_NMd, aligned_NM = snap_gradient(grad_NMd, rest_ND.reshape(shape), books_MKd, self.config)
         self._note(grad_NMd, bent_NMd, aligned_NM)
         return bent_NMd.reshape_as(grad_ND)
 

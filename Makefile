@@ -1,0 +1,51 @@
+# Everything runs in its own virtual environment; `make demo` and `make test` need nothing but Python and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The CPU build of torch, where the package index has one; any version in the range of pyproject.toml will do.
+TORCH ?= torch==2.13.0
+FAISS ?= cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast check fix bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),dev]"
+	touch $@
+
+install: $(VENV)/installed  ## make the virtual environment
+
+demo: install  ## run the main job on shipped images and leave build/demo/report.html
+	$(BIN)/gsl demo --output build/demo
+
+test: install  ## run the tests
+	$(BIN)/python -m pytest -q
+
+test-fast: install  ## run the tests that need no Ray
+	$(BIN)/python -m pytest -q -m "not ray"
+
+check: install  ## lint, format and types; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layout.py tests/test_shipped_configs.py
+
+fix: install  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## measure the claims of the README, one after another
+	$(BIN)/python benchmarks/snapping.py
+	$(BIN)/python benchmarks/encoding.py
+	$(BIN)/python benchmarks/building.py
+	$(BIN)/python benchmarks/serving.py
+
+clean:  ## remove what was built, the virtual environment apart
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
