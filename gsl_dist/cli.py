@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from gsl_dist.config import Strict, load_config
 from gsl_dist.errors import BadInput, GslError
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=Strict)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
-errors = Console(stderr=True)
+# Paths and names are shown as they are: square brackets and colons in them are no markup.
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file; see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings laid over the file")]
@@ -43,7 +45,7 @@ class Screen:
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, TextColumn("{task.fields[remark]}"), console=console)
+        self._bars = Progress(*columns, TextColumn("{task.fields[remark]}", markup=False), console=console)
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Screen:
@@ -52,7 +54,8 @@ class Screen:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._bars.stop()
+        if console.is_terminal:
+            self._bars.stop()
 
     def __call__(self, what: str, done: int, total: int, remark: str) -> None:
         """Show that `done` of `total` steps of something are behind us."""
@@ -202,7 +205,8 @@ def versions(index: Index) -> None:
     served, names = current_version(folder), list_versions(folder)
     if not names:
         raise BadInput("index", index, "there is no version in this folder; gsl build makes one")
-    table = Table("", "version", "rows", "shards", "bytes an item", "codebook", "created")
+    whole = Column("version", no_wrap=True)
+    table = Table("", whole, "rows", "shards", "bytes an item", "codebook", Column("created", overflow="fold"))
     for name in names:
         manifest = open_version(folder, name)
         figures = (manifest.rows, len(manifest.shards), manifest.bytes_per_item)
@@ -237,7 +241,7 @@ def verify(index: Index, version: Annotated[str | None, typer.Argument(metavar="
     folder = Folder(index)
     faults = verify_version(folder, version)
     for fault in faults:
-        errors.print(f"[bold red]damaged[/] {fault}", highlight=False, soft_wrap=True)
+        show_error("damaged", fault)
     if faults:
         raise typer.Exit(2)
     # Opening compares the codebook inside every shard file with the version's.
@@ -260,7 +264,7 @@ def run_stage(kind: type[C], run: Callable[[C, Screen], Any], config: Path, over
 
 def show_figures(title: str, figures: dict[str, Any]) -> None:
     """Print names and values as a table."""
-    table = Table("what", "value", title=title)
+    table = Table("what", Column("value", overflow="fold"), title=title)
     for name, value in sorted(figures.items()):
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
@@ -310,12 +314,17 @@ def _read_image(query: Path, shape: dict[str, Any]) -> NDArray[np.uint8]:
         raise BadInput("query", str(query), f"it must be a readable image, .npy or .fvecs ({error})") from error
 
 
+def show_error(word: str, error: GslError) -> None:
+    """Print one line on standard error."""
+    errors.print(Text.assemble((word, "bold red"), f" {error}"), highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Run the command line."""
     try:
         app()
     except GslError as error:
-        errors.print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
+        show_error("error", error)
         sys.exit(2)
 
 

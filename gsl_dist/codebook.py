@@ -109,7 +109,7 @@ class Codebook:
             return np.ascontiguousarray(codes_NM, dtype=np.uint8)
         shifts = np.arange(self.bits, dtype=np.uint8)
         bits = (codes_NM.astype(np.uint8)[:, :, None] >> shifts) & 1
-        return np.packbits(bits.reshape(len(codes_NM), -1), axis=1, bitorder="little")
+        return np.packbits(bits.reshape(len(codes_NM), self.code_bits), axis=1, bitorder="little")
 
     def unpack(self, packed: CodeArray) -> CodeArray:
         """Undo `pack`.
@@ -150,7 +150,7 @@ class Codebook:
             flags = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["gsl_codebook"])
             wanted = flags.pop("fingerprint")
             codebook = cls(coarse=tensors["coarse"], books=tensors["books"], **flags)
-        except (SafetensorError, KeyError, ValueError, TypeError, AssertionError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise ArtefactError(folder.path(name), f"it is not a codebook ({error or type(error).__name__})") from error
         if codebook.fingerprint != wanted:
             raise ArtefactError(folder.path(name), f"fingerprint {codebook.fingerprint}, but {wanted} was written")

@@ -73,6 +73,8 @@ def load_config(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) 
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError("config", str(path), f"it must be a readable YAML file ({error.strerror})") from error
+    except UnicodeDecodeError:
+        raise ConfigError("config", str(path), "it must be YAML in UTF-8") from None
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -119,7 +121,7 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> ConfigError:
     # Unknown keys first: a misspelt key also shows up as a missing one, and the misspelling is what to mend.
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    where = ".".join(str(part) for part in problem["loc"]) or kind.__name__
+    where = ".".join(_drop_tags(kind, problem["loc"])) or kind.__name__
     if problem["type"] == "extra_forbidden":
         return ConfigError(where, problem["input"], _nearest_key(kind, problem["loc"]))
     if problem["type"] == "missing":
@@ -135,6 +137,15 @@ def _nearest_key(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     return f"there is no such setting; {hint}known here: {', '.join(known)}"
 
 
+def _drop_tags(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    # Pydantic puts the tag of a union between the keys; the path shown is the one that the file has.
+    return [
+        str(part)
+        for at, part in enumerate(loc)
+        if not any(part not in model.model_fields and _is_tag(model, part) for model in _models_at(kind, loc[:at]))
+    ]
+
+
 def _models_at(kind: Any, loc: tuple[int | str, ...]) -> Iterator[type[BaseModel]]:
     """Yield the models that a path of keys may lead to; tags of unions in the path are skipped."""
     for model in _models_in(kind):
@@ -142,7 +153,7 @@ def _models_at(kind: Any, loc: tuple[int | str, ...]) -> Iterator[type[BaseModel
             yield model
         elif loc[0] in model.model_fields:
             yield from _models_at(model.model_fields[str(loc[0])].annotation, loc[1:])
-        elif len(loc) >= 1 and _is_tag(model, loc[0]):
+        elif isinstance(loc[0], int) or _is_tag(model, loc[0]):
             yield from _models_at(model, loc[1:])
 
 
@@ -156,4 +167,4 @@ def _models_in(kind: Any) -> Iterator[type[BaseModel]]:
 
 def _is_tag(model: type[BaseModel], tag: int | str) -> bool:
     field = model.model_fields.get("kind")
-    return isinstance(tag, int) or (field is not None and tag in typing.get_args(field.annotation))
+    return field is not None and tag in typing.get_args(field.annotation)

@@ -133,7 +133,7 @@ def train_settings(demo: Demo, bits: int, variant: str, output: str) -> dict[str
         "loss": {"kind": "proxy", "temperature": 0.2},
         "quantizer": {"sub_vectors": bits // 4, "bits": 4, "cells": 16, "residual": False},
         "snap": {"variant": variant, "beta": 0.5, "neighbours": 4},
-        "fit": {"epochs": 15, "warmup_epochs": 4, "batch_size": 256, "learning_rate": 2e-3, "seed": demo.seed},
+        "fit": {"epochs": 20, "warmup_epochs": 5, "batch_size": 256, "learning_rate": 2e-3, "seed": demo.seed},
         "resources": {"workers": WORKERS, "cpus": 1},
     }
 

@@ -7,6 +7,7 @@ them cross Ray workers, so they survive pickling with their fields.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 
@@ -74,6 +75,19 @@ class ShardUnavailable(GslError):  # noqa: N818
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.args, self.__dict__)
+
+
+def pack_error(error: GslError) -> str:
+    """Write one of our errors as JSON, for paths that carry only values (Ray Data keeps no more than a traceback)."""
+    return json.dumps({"kind": type(error).__name__, "args": list(error.args), "fields": error.__dict__})
+
+
+def unpack_error(text: str) -> GslError:
+    """Undo `pack_error`."""
+    plain = json.loads(text)
+    kinds = (BadInput, ConfigError, DataError, QueryError, ArtefactError, ShardUnavailable)
+    kind = next((kind for kind in kinds if kind.__name__ == plain["kind"]), GslError)
+    return _restore(kind, tuple(plain["args"]), plain["fields"])
 
 
 def shorten(value: Any, limit: int = 80) -> str:

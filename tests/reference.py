@@ -156,3 +156,49 @@ def _scale_to_one(row):
 def _mean_above_zero(terms):
     terms = [term for term in terms if term > 0]
     return sum(terms) / len(terms) if terms else 0.0
+
+
+def pack_bit_by_bit(codes, bits):
+    """Write the choices of each row one after another, lowest bit first, into as few bytes as hold them."""
+    rows = []
+    for row in codes:
+        packed = bytearray((len(row) * bits + 7) // 8)
+        for place, choice in enumerate(row):
+            for bit in range(bits):
+                if int(choice) >> bit & 1:
+                    at = place * bits + bit
+                    packed[at // 8] |= 1 << at % 8
+        rows.append(list(packed))
+    return rows
+
+
+def decode_in_loops(cells, codes, coarse, books, residual):
+    """The vectors that codes stand for, number by number."""
+    vectors = []
+    for cell, row in zip(cells, codes, strict=True):
+        vector = [float(number) for book, choice in zip(books, row, strict=True) for number in book[choice]]
+        vectors.append([x + float(c) for x, c in zip(vector, coarse[cell], strict=True)] if residual else vector)
+    return vectors
+
+
+def merge_by_sorting(answers, k):
+    """For each query, all (distance, id) pairs of all answers, sorted; absent ones (id -1) last."""
+    merged = []
+    for query in range(len(answers[0].ids)):
+        found = [
+            (float(distance), int(hit))
+            for answer in answers
+            for hit, distance in zip(answer.ids[query], answer.distances[query], strict=True)
+            if hit != -1
+        ]
+        merged.append(sorted(found)[:k])
+    return merged
+
+
+def search_in_loops(queries, ids, vectors, k):
+    """For each query, the k nearest (squared distance, id) pairs among all vectors."""
+    rows = []
+    for query in queries:
+        lengths = [sum((float(a) - float(b)) ** 2 for a, b in zip(query, x, strict=True)) for x in vectors]
+        rows.append(sorted(zip(lengths, map(int, ids), strict=True))[:k])
+    return rows

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from reference import average_precision_in_order, average_precision_over_permutations
 
 from gsl_dist.errors import BadInput, DataError
 from gsl_dist.evaluate import (
@@ -18,7 +19,6 @@ from gsl_dist.evaluate import (
     recall_at,
 )
 from gsl_dist.hits import FAR, Hits
-from tests.reference import average_precision_in_order, average_precision_over_permutations
 
 
 def make_hits(ids, distances=None, answered=1):

@@ -32,7 +32,7 @@ from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import Batch, Corpus, CorpusConfig, open_corpus, split_rows
 from gsl_dist.encoders import Encoder
-from gsl_dist.errors import ArtefactError, ConfigError, DataError
+from gsl_dist.errors import ArtefactError, ConfigError, DataError, GslError, pack_error, unpack_error
 from gsl_dist.fit import embed
 from gsl_dist.quantizers import ProductConfig, make_quantizer
 from gsl_dist.storage import FileEntry, Folder
@@ -179,8 +179,11 @@ class ShardMapper:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Encode the shard that a row of the dataset names."""
-        note = self._encoder.encode_shard(row["number"], row["start"], row["stop"])
-        return {"name": note.name, "rows": note.rows, "rejects": note.rejects}
+        try:
+            note = self._encoder.encode_shard(row["number"], row["start"], row["stop"])
+        except GslError as error:
+            return {"name": f"shard-{row['number']:05d}", "rows": 0, "rejects": 0, "fault": pack_error(error)}
+        return {"name": note.name, "rows": note.rows, "rejects": note.rejects, "fault": ""}
 
 
 def read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -255,6 +258,8 @@ def _encode_shards(
         memory=config.resources.memory_gb and int(config.resources.memory_gb * 2**30),
     )
     for row in shards.iter_rows():
+        if row["fault"]:
+            raise unpack_error(row["fault"])
         done += 1
         progress("encode", done, total, f"{row['name']}: {row['rows']} rows, {row['rejects']} rejected")
 

@@ -43,8 +43,9 @@ def fill_shard(index: faiss.IndexIVFPQ, ids_N: IdArray, cells_N: IdArray, codes:
     assert codes.shape == (len(ids_N), index.code_size), (codes.shape, index.code_size)
     if len(ids_N) == 0:
         return
-    if cells_N.min() < 0 or cells_N.max() >= index.nlist:
-        raise DataError("cell", int(cells_N.max()), f"cells are 0 to {index.nlist - 1}")
+    wrong = cells_N[(cells_N < 0) | (cells_N >= index.nlist)]
+    if len(wrong):
+        raise DataError("cell", int(wrong[0]), f"cells are 0 to {index.nlist - 1}")
     order = np.lexsort((ids_N, cells_N))
     cells_N, ids_N, codes = cells_N[order], ids_N[order], np.ascontiguousarray(codes[order])
     _refuse_bad_ids(ids_N)

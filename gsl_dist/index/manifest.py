@@ -100,8 +100,18 @@ def list_versions(index: Folder) -> list[str]:
 
 
 def current_version(index: Folder) -> str | None:
-    """Give the name of the version that is served, if one was promoted."""
-    return str(index.read_json(POINTER)["version"]) if index.exists(POINTER) else None
+    """Give the name of the version that is served, if one was promoted.
+
+    Raises:
+        ArtefactError: the pointer is damaged.
+    """
+    if not index.exists(POINTER):
+        return None
+    content = index.read_json(POINTER)
+    version = content.get("version") if isinstance(content, dict) else None
+    if not isinstance(version, str) or not re.fullmatch(VERSION_NAME, version):
+        raise ArtefactError(index.path(POINTER), "it does not name a version; promoting one mends it")
+    return version
 
 
 def open_version(index: Folder, version: str | None = None) -> Manifest:

@@ -9,8 +9,10 @@ the call: nothing is ever set on an index that other threads may be searching.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -35,9 +37,14 @@ def check_queries(queries: ArrayLike, dim: int) -> FloatArray:
         QueryError: not numbers, of another dimension, or not finite.
     """
     try:
-        matrix = np.ascontiguousarray(queries, dtype=np.float32)
-    except (TypeError, ValueError):
-        raise QueryError("vectors", type(queries).__name__, f"they must be rows of {dim} numbers each") from None
+        given = np.asarray(queries)
+    except ValueError:
+        given = np.empty(0, object)  # rows of different lengths
+    # NumPy would read the string "1", True and None as numbers.
+    if given.dtype.kind not in "fiu":
+        raise QueryError("vectors", type(queries).__name__, f"they must be rows of {dim} numbers each")
+    with np.errstate(over="ignore"):  # what becomes infinite is refused below
+        matrix = np.ascontiguousarray(given, dtype=np.float32)
     matrix = matrix[None] if matrix.ndim == 1 else matrix
     if matrix.ndim != 2 or matrix.shape[1] != dim:
         raise QueryError("vectors", f"shape {matrix.shape}", f"the index holds vectors of {dim} numbers")
@@ -55,12 +62,21 @@ def check_counts(k: int, probes: int | None, cells: int) -> tuple[int, int]:
     Raises:
         QueryError: out of range.
     """
-    if not 1 <= k <= MAX_K:
-        raise QueryError("k", k, f"it must be 1 to {MAX_K}")
-    probes = min(DEFAULT_PROBES, cells) if probes is None else probes
-    if not 1 <= probes <= cells:
-        raise QueryError("probes", probes, f"it must be 1 to {cells}, the cells of this index")
-    return k, probes
+    wanted = _read_count(k)
+    if not 1 <= wanted <= MAX_K:
+        raise QueryError("k", k, f"it must be a whole number from 1 to {MAX_K}")
+    reach = min(DEFAULT_PROBES, cells) if probes is None else _read_count(probes)
+    if not 1 <= reach <= cells:
+        raise QueryError("probes", probes, f"it must be a whole number from 1 to {cells}, the cells of this index")
+    return wanted, reach
+
+
+def _read_count(value: Any) -> int:
+    # True would pass for 1, and faiss takes no NumPy integer.
+    try:
+        return 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return 0
 
 
 @dataclass(frozen=True)

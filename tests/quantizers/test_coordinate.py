@@ -1,5 +1,6 @@
 """One coordinator over any number of workers trains the codebook that one process trains."""
 
+import itertools
 import pickle
 
 import numpy as np
@@ -25,7 +26,7 @@ def make_pq(cells=1, residual=False, bits=4, dim=8):
 
 
 def share_rows(x, bounds):
-    return [Rows(x[a:b], a, len(x)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [Rows(x[a:b], a, len(x)) for a, b in itertools.pairwise(bounds)]
 
 
 def drive(quantizer, shares, *, lloyd=LLOYD, seed=0, start=None):

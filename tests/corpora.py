@@ -1,0 +1,38 @@
+"""Small corpora with structure, written as users have them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+
+def make_clusters(rows: int, dim: int, classes: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    centres = np.random.default_rng(99).normal(size=(classes, dim)) * 2
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(classes, size=rows)
+    return (centres[labels] + rng.normal(size=(rows, dim))).astype(np.float32), labels
+
+
+def write_vectors(path: Path, *, rows: int = 600, dim: int = 16, classes: int = 5, seed: int = 0, first: int = 0) -> Path:
+    vectors, labels = make_clusters(rows, dim, classes, seed)
+    items = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim)
+    ids = pa.array(np.arange(first, first + rows))
+    pq.write_table(pa.table({"id": ids, "vector": items, "label": labels}), path, row_group_size=128)
+    return path
+
+
+def write_images(path: Path, *, rows: int = 40, broken: tuple[int, ...] = ()) -> Path:
+    rng = np.random.default_rng(0)
+    contents = []
+    for row in range(rows):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(stream, "PNG")
+        contents.append(b"not an image" if row in broken else stream.getvalue())
+    pq.write_table(pa.table({"id": np.arange(rows), "image": contents, "label": np.arange(rows) % 4}), path)
+    return path

@@ -1,0 +1,234 @@
+import threading
+
+import numpy as np
+import pytest
+
+faiss = pytest.importorskip("faiss")
+from reference import search_in_loops  # noqa: E402
+from worlds import make_index, make_queries  # noqa: E402
+
+from gsl_dist.errors import ArtefactError, BadInput, QueryError  # noqa: E402
+from gsl_dist.hits import FAR  # noqa: E402
+from gsl_dist.index.ivfpq import read_lists  # noqa: E402
+from gsl_dist.index.search import MAX_K, open_searcher  # noqa: E402
+from gsl_dist.storage import Folder  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def searcher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("index")
+    make_index(folder)
+    return open_searcher(str(folder))
+
+
+def open_world(folder, **settings):
+    make_index(folder, **settings)
+    return open_searcher(str(folder))
+
+
+def decode_all(searcher):
+    """Every item of a searcher: its id and the vector that its code stands for."""
+    rows = [read_lists(shard) for shard in searcher.shards.values()]
+    ids, cells, codes = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    return ids, searcher.codebook.decode(cells, searcher.codebook.unpack(codes))
+
+
+def assert_same_but_for_ties(one, other):
+    """Equal distances, and equal ids wherever no other distance ties with the hit's."""
+    assert np.allclose(one.distances, other.distances, rtol=1e-4, atol=1e-4)
+    for left, right, distances in zip(one.ids, other.ids, one.distances.astype(np.float64), strict=True):
+        for at in np.flatnonzero(left != right):
+            # At the last place the tie may be with an item that was cut off.
+            assert at == len(left) - 1 or (np.abs(np.delete(distances, at) - distances[at]) < 1e-3).any()
+
+
+@pytest.mark.parametrize("probes", [1, 3, 8])
+@pytest.mark.parametrize("shards", [1, 2, 3, 7])
+def test_one_index_equals_its_shards(tmp_path, shards, probes):
+    one, many = open_world(tmp_path / "one", shards=1), open_world(tmp_path / "many", shards=shards)
+    answer = many.search(make_queries(), 10, probes=probes)
+    assert_same_but_for_ties(one.search(make_queries(), 10, probes=probes), answer)
+    assert (answer.shards_answered, answer.shards_total, answer.version) == (shards, shards, "v1")
+    assert one.rows == many.rows == 400
+
+
+def test_searching_all_cells_equals_comparing_with_every_decoded_vector(searcher):
+    queries = make_queries(6)
+    hits = searcher.search(queries, 15, probes=8)
+    wanted = search_in_loops(queries, *decode_all(searcher), 15)
+    assert np.allclose(hits.distances, [[distance for distance, _ in row] for row in wanted], rtol=1e-4)
+    assert np.array_equal(hits.ids, [[item for _, item in row] for row in wanted])
+
+
+def test_searching_some_cells_equals_comparing_with_the_vectors_in_them(searcher):
+    queries = make_queries(6)
+    rows = [read_lists(shard) for shard in searcher.shards.values()]
+    ids, cells, codes = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    vectors = searcher.codebook.decode(cells, searcher.codebook.unpack(codes))
+    hits = searcher.search(queries, 5, probes=2)
+    for query, found in zip(queries, hits.ids, strict=True):
+        near = np.argsort(np.square(searcher.codebook.coarse - query).sum(axis=1))[:2]
+        inside = np.isin(cells, near)
+        wanted = search_in_loops([query], ids[inside], vectors[inside], 5)[0]
+        assert found.tolist() == [item for _, item in wanted]
+
+
+def test_more_neighbours_than_items_are_filled_up(tmp_path):
+    hits = open_world(tmp_path, rows=5, shards=2).search(make_queries(2), 9, probes=8)
+    assert (np.sort(hits.ids[:, :5]) == np.arange(5)).all()
+    assert (hits.ids[:, 5:] == -1).all() and (hits.distances[:, 5:] == FAR).all()
+
+
+def test_a_version_with_more_shards_than_rows_is_searched(tmp_path):
+    hits = open_world(tmp_path, rows=3, shards=7).search(make_queries(2), 3, probes=8)
+    assert (np.sort(hits.ids) == np.arange(3)).all() and hits.shards_answered == 7
+
+
+def test_a_single_query_is_a_batch_of_one(searcher):
+    query = make_queries(1)
+    for given in (query[0], query[0].tolist(), query.tolist(), query.astype(np.float64)):
+        assert np.array_equal(searcher.search(given).ids, searcher.search(query).ids)
+
+
+def test_no_queries_have_no_answers(searcher):
+    assert searcher.search(np.empty((0, 16), np.float32), 4).ids.shape == (0, 4)
+
+
+def test_a_query_alone_finds_what_it_finds_in_a_batch(searcher):
+    queries = make_queries()
+    batch = searcher.search(queries, 7)
+    for at, query in enumerate(queries):
+        assert np.array_equal(searcher.search(query, 7).ids[0], batch.ids[at])
+
+
+def test_searching_leaves_the_queries_alone(searcher):
+    queries = make_queries()
+    queries.flags.writeable = False
+    before = queries.tobytes()
+    searcher.search(queries[:, ::-1])
+    searcher.search(queries)
+    assert queries.tobytes() == before
+
+
+def test_probes_are_of_the_call_and_not_of_the_index(searcher):
+    queries, answers = make_queries(), {}
+    wanted = {probes: searcher.search(queries, 10, probes=probes).ids for probes in (1, 8)}
+
+    def work(probes):
+        answers[probes] = [searcher.search(queries, 10, probes=probes).ids for _ in range(20)]
+
+    threads = [threading.Thread(target=work, args=(probes,)) for probes in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(ids, wanted[probes]) for probes, found in answers.items() for ids in found)
+
+
+@pytest.mark.parametrize(
+    "queries, match",
+    [
+        (np.ones((2, 15)), "vectors of 16 numbers"),
+        (np.ones((2, 17)), "vectors of 16 numbers"),
+        (np.ones(15), "vectors of 16 numbers"),
+        (np.ones((1, 1, 16)), "vectors of 16 numbers"),
+        (np.ones((2, 0)), "vectors of 16 numbers"),
+        ([], "vectors of 16 numbers"),
+        (3.0, "vectors of 16 numbers"),
+        (np.r_[np.ones((1, 16)), np.full((1, 16), np.nan)], "row 1"),
+        (np.full((1, 16), np.inf), "finite"),
+        (np.full((1, 16), 1e300), "finite"),
+        ([["a"] * 16], "rows of 16 numbers"),
+        ([["1"] * 16], "rows of 16 numbers"),
+        ("word", "rows of 16 numbers"),
+        ([[1.0] * 16, [1.0] * 15], "rows of 16 numbers"),
+        ([[None] * 16], "rows of 16 numbers"),
+        (None, "rows of 16 numbers"),
+        ({"a": 1}, "rows of 16 numbers"),
+        ([[1j] * 16], "rows of 16 numbers"),
+        ([[True] * 16], "rows of 16 numbers"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_vector_of_the_index_is_refused(searcher, queries, match):
+    with pytest.raises(QueryError, match=match) as caught:
+        searcher.search(queries)
+    assert caught.value.field == "vectors" and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "k, probes, field",
+    [
+        (0, None, "k"),
+        (-1, None, "k"),
+        (MAX_K + 1, None, "k"),
+        (2.5, None, "k"),
+        ("3", None, "k"),
+        (None, None, "k"),
+        (True, None, "k"),
+        (3, 0, "probes"),
+        (3, -1, "probes"),
+        (3, 9, "probes"),
+        (3, 1.5, "probes"),
+        (3, "2", "probes"),
+        (3, True, "probes"),
+    ],
+)
+def test_counts_out_of_range_are_refused(searcher, k, probes, field):
+    with pytest.raises(QueryError) as caught:
+        searcher.search(make_queries(1), k, probes=probes)
+    assert caught.value.field == field
+
+
+def test_the_largest_counts_are_answered(searcher):
+    hits = searcher.search(make_queries(1), np.int64(MAX_K), probes=np.int32(8))
+    assert (hits.ids[0, :400] >= 0).all() and (hits.ids[0, 400:] == -1).all()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "absent"])
+def test_a_damaged_shard_is_refused_before_faiss_reads_it(tmp_path, monkeypatch, damage):
+    make_index(tmp_path)
+    path = tmp_path / "versions" / "v1" / "shard-00000.faiss"
+    content = path.read_bytes()
+    altered = content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]
+    path.write_bytes({"truncated": content[:-1], "altered": altered, "empty": b""}.get(damage, b""))
+    if damage == "absent":
+        path.unlink()
+    monkeypatch.setattr(faiss, "read_index", lambda *args: pytest.fail("faiss read a damaged file"))
+    with pytest.raises(ArtefactError) as caught:
+        open_searcher(str(tmp_path))
+    assert caught.value.path == str(path)
+
+
+def test_a_shard_built_with_another_codebook_is_refused(tmp_path):
+    manifest = make_index(tmp_path)
+    make_index(tmp_path, seed=5, version="v2")
+    from gsl_dist.index.manifest import publish_version
+
+    # Checksums that fit and a codebook that does not: the shards of v2 under the codebook of v1.
+    folder = Folder(tmp_path)
+    folder.write_bytes("versions/v3/codebook.safetensors", folder.read_bytes("versions/v1/codebook.safetensors"))
+    shards = []
+    for shard in manifest.shards:
+        name = f"versions/v3/{shard.index.name}"
+        folder.write_bytes(name, folder.read_bytes(f"versions/v2/{shard.index.name}"))
+        pinned = folder.pin(name).model_copy(update={"name": shard.index.name})
+        shards.append(shard.model_copy(update={"index": pinned}))
+    publish_version(folder, manifest.model_copy(update={"version": "v3", "shards": shards}))
+    with pytest.raises(ArtefactError, match="another codebook"):
+        open_searcher(str(tmp_path), "v3")
+
+
+def test_some_shards_give_a_partial_answer(tmp_path):
+    make_index(tmp_path)
+    part = open_searcher(str(tmp_path), names=["shard-00001"])
+    hits = part.search(make_queries(), 3, probes=8)
+    assert hits.is_partial and (hits.shards_answered, hits.shards_total) == (1, 3)
+    assert set(hits.ids.ravel()) <= set(range(134, 267)) and part.rows == 133
+
+
+@pytest.mark.parametrize("names", [["shard-00009"], ["shard-00000", "shard-00009"], []])
+def test_a_shard_that_does_not_exist_is_refused(tmp_path, names):
+    make_index(tmp_path)
+    with pytest.raises(BadInput, match="version v1 has shard-00000, shard-00001, shard-00002"):
+        open_searcher(str(tmp_path), names=names)
