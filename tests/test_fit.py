@@ -75,7 +75,7 @@ def flatten_weights(training):
 
 
 def flatten_grads(training):
-    """Give the gradients of the last step: the optimizer would forgive a wrong factor in them, the weights do not tell."""
+    """Give the gradients of the last step; weights would not tell of a wrong factor, to which Adam is blind."""
     return torch.cat([parameter.grad.flatten() for parameter in training.encoder.parameters()])
 
 

@@ -1,0 +1,190 @@
+"""The whole pipeline on a small corpus: every stage once, then what must hold between them."""
+
+import json
+
+import faiss
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from corpora import make_clusters, write_vectors
+
+from gsl_dist.client import Client
+from gsl_dist.cluster.build import BuildConfig, run_build
+from gsl_dist.cluster.codebook import CodebookConfig, load_codebook, run_codebook
+from gsl_dist.cluster.encode import EncodeConfig, run_encode
+from gsl_dist.cluster.evaluate import EvaluateConfig, embed_queries, run_evaluate
+from gsl_dist.cluster.model import load_encoder, load_trained_codebook
+from gsl_dist.cluster.serve import ServeConfig, serve, stop_service
+from gsl_dist.cluster.train import TrainConfig, run_train
+from gsl_dist.config import check_config
+from gsl_dist.errors import ArtefactError, BadInput, ConfigError, DataError
+from gsl_dist.index.ivfpq import extract_codebook
+from gsl_dist.index.manifest import current_version, open_version, verify_version
+from gsl_dist.index.search import open_searcher
+from gsl_dist.storage import Folder
+
+pytestmark = pytest.mark.ray
+COLUMNS = {"id_column": "id", "vector_column": "vector"}
+
+
+@pytest.fixture(scope="module")
+def world(ray_session, tmp_path_factory):
+    """A trained, encoded and built index over 1,500 vectors in 3 shards, and 100 queries."""
+    place = tmp_path_factory.mktemp("world")
+    write_vectors(place / "train.parquet", rows=600, seed=1)
+    write_vectors(place / "database.parquet", rows=1500, seed=2)
+    write_vectors(place / "queries.parquet", rows=100, seed=3, first=10_000)
+    train = {
+        "corpus": {"path": str(place / "train.parquet"), "label_column": "label", **COLUMNS},
+        "output": str(place / "model"),
+        "encoder": {"kind": "mlp", "dim": 8, "hidden": [32]},
+        "loss": {"kind": "proxy"},
+        "quantizer": {"sub_vectors": 4, "bits": 4, "cells": 8},
+        "fit": {"epochs": 4, "warmup_epochs": 1, "batch_size": 64},
+    }
+    run_train(check_config(TrainConfig, train))
+    own = {"model": str(place / "model"), "output": str(place / "codebook")}
+    run_codebook(check_config(CodebookConfig, own))
+    run_encode(check_config(EncodeConfig, encode_settings(place)))
+    run_build(check_config(BuildConfig, build_settings(place)))
+    return place
+
+
+def encode_settings(place):
+    return {
+        "corpus": {"path": str(place / "database.parquet"), "payload_columns": ["label"], **COLUMNS},
+        "model": str(place / "model"),
+        "codebook": str(place / "codebook"),
+        "output": str(place / "codes"),
+        "shards": 3,
+        "keep_vectors": True,
+    }
+
+
+def build_settings(place, **changes):
+    parts = {name: str(place / name) for name in ("codes", "codebook", "model", "index")}
+    return parts | changes
+
+
+def query_vectors(world):
+    vectors, _ = make_clusters(100, 16, 5, seed=3)
+    return embed_queries(str(world / "index"), open_version(Folder(world / "index")), vectors)
+
+
+def test_codebook_of_every_shard_is_the_one_trained_on(world):
+    trained = load_trained_codebook(str(world / "model"))
+    assert load_codebook(str(world / "codebook")).fingerprint == trained.fingerprint
+    manifest = open_version(Folder(world / "index"))
+    assert manifest.fingerprint == trained.fingerprint
+    folder = world / "index" / "versions" / manifest.version
+    for shard in manifest.shards:
+        index = faiss.read_index(str(folder / shard.index.name))
+        assert extract_codebook(index).fingerprint == trained.fingerprint
+
+
+def test_version_is_whole_and_promoted(world):
+    index = Folder(world / "index")
+    assert verify_version(index) == []
+    manifest = open_version(index)
+    assert current_version(index) == manifest.version
+    assert manifest.rows == 1500
+    assert set(manifest.configs) == {"train", "codebook", "encode", "build"}
+    payload = [pq.read_table(world / "index/versions" / manifest.version / s.payload.name) for s in manifest.shards]
+    assert [table.column_names for table in payload] == [["id", "label"]] * 3
+
+
+def test_shards_answer_what_plain_faiss_over_the_vectors_does(world):
+    manifest = open_version(Folder(world / "index"))
+    folder = world / "index" / "versions" / manifest.version
+    searcher, queries = open_searcher(str(world / "index")), query_vectors(world)
+    encoder, _ = load_encoder(str(world / "model"))
+    vectors, _ = make_clusters(1500, 16, 5, seed=2)
+    whole = faiss.clone_index(faiss.read_index(str(folder / manifest.shards[0].index.name)))
+    whole.reset()
+    whole.add(embed_queries(str(world / "index"), manifest, vectors))
+    assert encoder.dim == whole.d
+    for probes in (1, 3, 8):
+        hits = searcher.search(queries, 10, probes=probes)
+        distances, _ = whole.search(queries, 10, params=faiss.SearchParametersIVF(nprobe=probes))
+        found = distances < 1e38
+        np.testing.assert_allclose(hits.distances[found], distances[found], atol=1e-4)
+
+
+def test_client_router_and_local_searcher_agree(world):
+    queries = query_vectors(world)
+    local = open_searcher(str(world / "index")).search(queries, 10, probes=8)
+    service = serve(check_config(ServeConfig, {"index": str(world / "index"), "replicas": 2, "port": 0}))
+    try:
+        with Client(service.url) as client:
+            served = client.search(queries, 10, 8)
+    finally:
+        stop_service()
+    np.testing.assert_array_equal(served.ids, local.ids)
+    np.testing.assert_array_equal(served.distances, local.distances)
+    assert (served.shards_answered, served.shards_total) == (3, 3)
+
+
+def test_evaluation_measures_held_out_queries(world):
+    settings = {
+        "index": str(world / "index"),
+        "queries": {"path": str(world / "queries.parquet"), "label_column": "label", **COLUMNS},
+        "codes": str(world / "codes"),
+        "label_column": "label",
+        "output": str(world / "evaluation.json"),
+    }
+    measured = run_evaluate(check_config(EvaluateConfig, settings))
+    assert json.loads((world / "evaluation.json").read_text())["map_coded"] == measured["map_coded"]
+    assert measured["map_coded"] > 0.8, "five well separated clusters"
+    assert 0 < measured["quantization_error"] < 1
+    recalls = [row["recall_at_10"] for row in measured["recall_by_probes"]]
+    assert recalls[-1] == measured["recall_at_10_vs_exact"] > 0.1
+    among = settings | {"queries": settings["queries"] | {"path": str(world / "database.parquet")}}
+    with pytest.raises(DataError, match="database"):
+        run_evaluate(check_config(EvaluateConfig, among))
+    with pytest.raises(ConfigError, match="label_column"):
+        run_evaluate(check_config(EvaluateConfig, settings | {"label_column": "colour"}))
+
+
+def test_build_is_not_done_twice_and_other_codes_need_another_name(world):
+    manifest = open_version(Folder(world / "index"))
+    assert run_build(check_config(BuildConfig, build_settings(world))) == manifest
+    with pytest.raises(BadInput, match="version"):
+        run_build(check_config(BuildConfig, build_settings(world, version=manifest.version, model=None)))
+
+
+def test_relaunched_build_ends_with_the_same_bytes(world):
+    again = build_settings(world, index=str(world / "again"))
+    manifest = run_build(check_config(BuildConfig, again))
+    folder = world / "again" / "versions" / manifest.version
+    (folder / "manifest.json").unlink()
+    (folder / "shard-00001.faiss").write_bytes(b"half of it")
+    assert [s.index for s in run_build(check_config(BuildConfig, again)).shards] == [s.index for s in manifest.shards]
+
+
+def test_codebook_that_does_not_fit_the_codes_is_refused(world):
+    other = {
+        "source": "fitted",
+        "model": str(world / "model"),
+        "corpus": {"path": str(world / "train.parquet"), **COLUMNS},
+        "quantizer": {"sub_vectors": 4, "bits": 4, "cells": 8},
+        "output": str(world / "other"),
+    }
+    run_codebook(check_config(CodebookConfig, other))
+    settings = build_settings(world, codebook=str(world / "other"), index=str(world / "wrong"))
+    with pytest.raises(ArtefactError, match="written with codebook"):
+        run_build(check_config(BuildConfig, settings))
+    assert not (world / "wrong").exists()
+
+
+def test_ids_that_occur_twice_are_refused(world):
+    table = pq.read_table(world / "database.parquet")
+    ids = table["id"].to_numpy().copy()
+    ids[1400] = ids[3]
+    pq.write_table(table.set_column(0, "id", [ids]), world / "twice.parquet")
+    settings = encode_settings(world)
+    settings["corpus"]["path"] = str(world / "twice.parquet")
+    run_encode(check_config(EncodeConfig, settings | {"output": str(world / "codes-twice")}))
+    build = build_settings(world, codes=str(world / "codes-twice"), index=str(world / "twice"))
+    with pytest.raises(DataError, match="id: got 3"):
+        run_build(check_config(BuildConfig, build))
+    assert not (world / "twice" / "CURRENT.json").exists()
