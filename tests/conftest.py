@@ -5,6 +5,9 @@ import random
 import sys
 from pathlib import Path
 
+# Tiny tensors gain nothing from threads, and threads that spin for shared cores lose minutes; set before any import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 

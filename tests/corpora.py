@@ -19,7 +19,9 @@ def make_clusters(rows: int, dim: int, classes: int, seed: int) -> tuple[NDArray
     return (centres[labels] + rng.normal(size=(rows, dim))).astype(np.float32), labels
 
 
-def write_vectors(path: Path, *, rows: int = 600, dim: int = 16, classes: int = 5, seed: int = 0, first: int = 0) -> Path:
+def write_vectors(
+    path: Path, *, rows: int = 600, dim: int = 16, classes: int = 5, seed: int = 0, first: int = 0
+) -> Path:
     vectors, labels = make_clusters(rows, dim, classes, seed)
     items = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim)
     ids = pa.array(np.arange(first, first + rows))

@@ -82,14 +82,14 @@ def run_evaluate(config: EvaluateConfig, progress: Progress = stay_quiet) -> dic
         "query_size": len(queries),
         "bytes_per_item": searcher.manifest.bytes_per_item,
     }
+    items = read_items(config.codes, searcher) if config.codes else None
     progress("evaluate", 0, 3, "mAP")
     labels = _read_labels(config, searcher.manifest) if config.label_column else None
     if labels is not None:
         ranked = rank_all(searcher, vectors_QD)
         measured["map_coded"] = evaluate_map(ranked, wanted, labels, top=config.top, query_ids=query_ids)
     progress("evaluate", 1, 3, "exact search")
-    if config.codes:
-        items = read_items(config.codes, searcher)
+    if items is not None:
         measured["quantization_error"] = quantization_error(items.vectors, items.decoded)
         if labels is not None:
             exact = _rank_items(vectors_QD, items, len(items.ids))

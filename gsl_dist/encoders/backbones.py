@@ -98,7 +98,9 @@ def make_encoder(config: EncoderConfig, item_shape: tuple[int, ...]) -> Encoder:
         _want_shape(config.kind, item_shape, axes=1)
         return Encoder(nn.Identity(), item_shape[0], normalize=config.normalize)
     if isinstance(config, ModuleConfig):
-        return Encoder(_import_module(config), config.dim, normalize=config.normalize)
+        encoder = Encoder(_import_module(config), config.dim, normalize=config.normalize)
+        _check_width(encoder, config, item_shape)
+        return encoder
     if isinstance(config, CnnConfig):
         _want_shape(config.kind, item_shape, axes=3)
         backbone: nn.Module = _make_cnn(item_shape[2], config)
@@ -137,10 +139,29 @@ def _import_module(config: ModuleConfig) -> nn.Module:
         raise ConfigError(
             "encoder.target", config.target, f"it must be importable as module:callable ({error})"
         ) from error
-    module = factory(**config.arguments)
+    try:
+        module = factory(**config.arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "encoder.arguments", config.arguments, f"{config.target} must accept them ({error})"
+        ) from error
     if not isinstance(module, nn.Module):
         raise ConfigError("encoder.target", config.target, f"it must give a torch module, not {type(module).__name__}")
     return module
+
+
+def _check_width(encoder: Encoder, config: ModuleConfig, item_shape: tuple[int, ...]) -> None:
+    """Send one blank item through a network of the user's: better a clear word now than a crash in every worker."""
+    blank = torch.zeros(1, *item_shape, dtype=torch.uint8 if len(item_shape) == 3 else torch.float32)
+    try:
+        with torch.inference_mode():
+            shape = tuple(encoder.eval()(blank).shape)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = f"it must take items of shape {item_shape} ({' '.join(str(error).split())})"
+        raise ConfigError("encoder.target", config.target, reason) from error
+    if shape != (1, config.dim):
+        raise ConfigError("encoder.dim", config.dim, f"{config.target} gives rows of shape {shape[1:]}")
+    encoder.train()
 
 
 def _want_shape(kind: str, item_shape: tuple[int, ...], *, axes: int) -> None:

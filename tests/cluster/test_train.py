@@ -81,7 +81,9 @@ def test_finished_work_is_not_done_again_nor_overwritten(ray_session, tmp_path):
         train(settings(tmp_path, fit={"seed": 1}))
     encoder, card = load_encoder(tree["output"])
     assert encoder.dim == 8
-    assert card.facts["codebook_fingerprint"] == Codebook.load(Folder(tree["output"]), "codebook.safetensors").fingerprint
+    assert (
+        card.facts["codebook_fingerprint"] == Codebook.load(Folder(tree["output"]), "codebook.safetensors").fingerprint
+    )
 
 
 @pytest.mark.parametrize(

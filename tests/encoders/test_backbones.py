@@ -5,7 +5,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from gsl_dist.encoders import EncoderConfig, make_encoder
+from gsl_dist.encoders import EncoderConfig, ModuleConfig, make_encoder
 from gsl_dist.errors import ConfigError
 
 MLP, CNN, TABLE = {"kind": "mlp", "dim": 12}, {"kind": "cnn", "dim": 12, "channels": [4, 8]}, {"kind": "table"}
@@ -127,3 +127,17 @@ def test_items_of_another_shape_are_refused(config, shape, wanted):
     with pytest.raises(ConfigError, match=f"it takes {wanted}, but the corpus has items of shape") as error:
         start_encoder(config, shape)
     assert error.value.field == "encoder.kind"
+
+
+def test_module_of_another_width_or_with_wrong_arguments_is_refused():
+    def config(**changes):
+        tree = {"kind": "module", "target": "torch.nn:Linear", "dim": 4}
+        return ModuleConfig(**(tree | {"arguments": {"in_features": 6, "out_features": 4}} | changes))
+
+    assert make_encoder(config(), (6,)).training
+    with pytest.raises(ConfigError, match=r"encoder\.dim: got 5"):
+        make_encoder(config(dim=5), (6,))
+    with pytest.raises(ConfigError, match=r"encoder\.arguments"):
+        make_encoder(config(arguments={"inputs": 6}), (6,))
+    with pytest.raises(ConfigError, match="items of shape"):
+        make_encoder(config(), (7,))
