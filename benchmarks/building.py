@@ -52,10 +52,7 @@ def main() -> None:
         spent["fill"].append(clock(functools.partial(fill_shard, shard, table.ids, table.cells, table.codes)))
         spent["stage"].append(clock(time_task))
         print(turn, {name: f"{taken[-1]:.2f} s" for name, taken in spent.items()}, flush=True)
-    same = np.mean(
-        [(ours == theirs).all() for ours, theirs in zip(read_lists(shard)[:2], read_lists(added)[:2], strict=True)]
-    )
-    agree = float((read_lists(shard)[2] == read_lists(added)[2]).mean()) if same == 1 else float("nan")
+    agree = measure_agreement(shard, added)
     times = {f"{name}_s": spread(taken) for name, taken in spent.items()}
     ratios = {f"add_over_{name}": spread(list(np.divide(spent["add"], spent[name]))) for name in ("fill", "stage")}
     setting = {"rows": len(vectors), "dim": vectors.shape[1], "threads": THREADS, "vectors": source}
