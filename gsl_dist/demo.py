@@ -238,7 +238,7 @@ def score_representations(encoder: Encoder, codebook: Codebook, held: Held) -> S
     cells_N, codes_NM = (part.numpy() for part in make_quantizer(shape, codebook.dim).encode(y_ND, codebook))
     shard = create_shard(codebook)
     fill_shard(shard, held.database.ids, cells_N, codebook.pack(codes_NM))
-    searcher = LocalSearcher(_blank_manifest(codebook), codebook, {"shard": shard})
+    searcher = LocalSearcher(_blank_manifest(codebook), codebook, shard, ("shard-00000",))
     hits = searcher.search_checked(queries_QD, len(y_ND), codebook.cells)
     order = np.argsort(held.database.ids)
     labels = held.database.ids[order], labels_of(held.database)[order]

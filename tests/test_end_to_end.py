@@ -119,8 +119,11 @@ def test_client_router_and_local_searcher_agree(world):
             served = client.search(queries, 10, 8)
     finally:
         stop_service()
-    np.testing.assert_array_equal(served.ids, local.ids)
-    np.testing.assert_array_equal(served.distances, local.distances)
+    np.testing.assert_allclose(served.distances, local.distances, atol=1e-4)
+    # Items at one distance may trade places, and the last of them may be another one.
+    inner = local.distances < local.distances[:, -1:] - 1e-4
+    for ours, theirs, sure in zip(local.ids, served.ids, inner, strict=True):
+        assert set(ours[sure]) == set(theirs[sure])
     assert (served.shards_answered, served.shards_total) == (3, 3)
 
 

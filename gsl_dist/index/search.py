@@ -10,13 +10,13 @@ the call: nothing is ever set on an index that other threads may be searching.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import faiss
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from gsl_dist.codebook import Codebook, FloatArray
 from gsl_dist.errors import QueryError
@@ -27,6 +27,7 @@ from gsl_dist.storage import Folder
 
 MAX_K = 16_384
 DEFAULT_PROBES = 16
+_TABLE_BYTES = 256 << 20
 
 
 def check_queries(queries: ArrayLike, dim: int) -> FloatArray:
@@ -81,17 +82,22 @@ def _read_count(value: Any) -> int:
 
 @dataclass(frozen=True)
 class LocalSearcher:
-    """Shards of one version, open in this process.
+    """Shards of one version, open in this process as one faiss index.
+
+    All shards share their cells and codewords, so their lists are joined when they are opened: a query then chooses its
+    cells and computes its tables once, not once a shard.
 
     Args:
         manifest: the version.
         codebook: its codebook.
-        shards: the open faiss indexes, by shard name.
+        index: the joined lists of the shards.
+        shards: the names of the shards held here.
     """
 
     manifest: Manifest
     codebook: Codebook
-    shards: dict[str, faiss.IndexIVFPQ]
+    index: faiss.IndexIVFPQ
+    shards: tuple[str, ...]
 
     def search(self, queries: ArrayLike, k: int = 10, *, probes: int | None = None) -> Hits:
         """Give the k nearest items of each query among the shards held here.
@@ -111,44 +117,15 @@ class LocalSearcher:
 
     def search_checked(self, queries: FloatArray, k: int, probes: int) -> Hits:
         """Search without looking at the arguments again: for a replica behind a router that has."""
-        # The coarse step is the same in every shard: done once, then each shard scans the same cells.
-        reach, cells = self._quantizer.search(queries, probes)
-        total, version = len(self.manifest.shards), self.manifest.version
-        answers = [Hits(*scan_cells(s, queries, k, cells, reach), 1, total, version) for s in self.shards.values()]
-        return merge_topk(answers, k)
+        distances, ids = self.index.search(queries, k, params=faiss.SearchParametersIVF(nprobe=probes))
+        found = Hits(ids, distances, len(self.shards), len(self.manifest.shards), self.manifest.version)
+        # Puts items at equal distances in the order of their ids, as merging the answers of replicas does.
+        return merge_topk([found], k)
 
     @property
     def rows(self) -> int:
         """Give the number of items held here."""
-        return int(sum(shard.ntotal for shard in self.shards.values()))
-
-    @property
-    def _quantizer(self) -> faiss.Index:
-        return next(iter(self.shards.values())).quantizer
-
-
-def scan_cells(
-    shard: faiss.IndexIVFPQ, queries: FloatArray, k: int, cells: NDArray[np.int64], reach: FloatArray
-) -> tuple[NDArray[np.int64], FloatArray]:
-    """Scan given cells of one shard for the k nearest items of each query.
-
-    Shapes: queries (Q, D); cells, reach (Q, probes) -> ids (Q, k) int64, distances (Q, k) float32.
-    """
-    ids = np.empty((len(queries), k), np.int64)
-    distances = np.empty((len(queries), k), np.float32)
-    # faiss's own wrapper of this call takes no parameters and would read the probes from the shared index.
-    shard.search_preassigned_c(
-        len(queries),
-        faiss.swig_ptr(queries),
-        k,
-        faiss.swig_ptr(cells),
-        faiss.swig_ptr(reach),
-        faiss.swig_ptr(distances),
-        faiss.swig_ptr(ids),
-        False,
-        faiss.SearchParametersIVF(nprobe=cells.shape[1]),
-    )
-    return ids, distances
+        return int(self.index.ntotal)
 
 
 def open_searcher(
@@ -177,7 +154,22 @@ def open_searcher(
         known = ", ".join(shard.name for shard in manifest.shards)
         raise QueryError("shards", sorted(missing), f"version {manifest.version} has {known}", status=404)
     folder = version_folder(index, manifest.version)
-    return LocalSearcher(manifest, codebook, {entry.name: _open_shard(folder, entry, codebook) for entry in entries})
+    whole = join_shards(_open_shard(folder, entry, codebook) for entry in entries)
+    return LocalSearcher(manifest, codebook, whole, tuple(entry.name for entry in entries))
+
+
+def join_shards(shards: Iterable[faiss.IndexIVFPQ]) -> faiss.IndexIVFPQ:
+    """Join the lists of shards with one codebook into one index; the shards are empty afterwards.
+
+    Codes of residuals also get faiss's table of what cells and codewords have to do with each other, where it is small.
+    """
+    whole, *others = shards
+    for shard in others:
+        whole.merge_from(shard, 0)
+    if whole.by_residual and whole.nlist * whole.pq.M * whole.pq.ksub * 4 <= _TABLE_BYTES:
+        whole.use_precomputed_table = 1
+        whole.precompute_table()
+    return whole
 
 
 def _open_shard(folder: Folder, entry: ShardEntry, codebook: Codebook) -> faiss.IndexIVFPQ:

@@ -8,7 +8,7 @@ from reference import search_in_loops  # noqa: E402
 from worlds import make_index, make_queries  # noqa: E402
 
 from gsl_dist.errors import ArtefactError, BadInput, QueryError  # noqa: E402
-from gsl_dist.hits import FAR  # noqa: E402
+from gsl_dist.hits import FAR, merge_topk  # noqa: E402
 from gsl_dist.index.ivfpq import read_lists  # noqa: E402
 from gsl_dist.index.search import MAX_K, open_searcher  # noqa: E402
 from gsl_dist.storage import Folder  # noqa: E402
@@ -28,8 +28,7 @@ def open_world(folder, **settings):
 
 def decode_all(searcher):
     """Every item of a searcher: its id and the vector that its code stands for."""
-    rows = [read_lists(shard) for shard in searcher.shards.values()]
-    ids, cells, codes = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    ids, cells, codes = read_lists(searcher.index)
     return ids, searcher.codebook.decode(cells, searcher.codebook.unpack(codes))
 
 
@@ -52,6 +51,17 @@ def test_one_index_equals_its_shards(tmp_path, shards, probes):
     assert one.rows == many.rows == 400
 
 
+@pytest.mark.parametrize("shards", [2, 3, 7])
+def test_answers_of_single_shards_merge_to_that_of_all(tmp_path, shards):
+    many = open_world(tmp_path, shards=shards)
+    alone = [open_searcher(str(tmp_path), names=[name]) for name in many.shards]
+    answers = [searcher.search(make_queries(), 10, probes=3) for searcher in alone]
+    assert [answer.shards_answered for answer in answers] == [1] * shards
+    merged = merge_topk(answers, 10)
+    assert_same_but_for_ties(many.search(make_queries(), 10, probes=3), merged)
+    assert (merged.shards_answered, merged.is_partial) == (shards, False)
+
+
 def test_searching_all_cells_equals_comparing_with_every_decoded_vector(searcher):
     queries = make_queries(6)
     hits = searcher.search(queries, 15, probes=8)
@@ -62,8 +72,7 @@ def test_searching_all_cells_equals_comparing_with_every_decoded_vector(searcher
 
 def test_searching_some_cells_equals_comparing_with_the_vectors_in_them(searcher):
     queries = make_queries(6)
-    rows = [read_lists(shard) for shard in searcher.shards.values()]
-    ids, cells, codes = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    ids, cells, codes = read_lists(searcher.index)
     vectors = searcher.codebook.decode(cells, searcher.codebook.unpack(codes))
     hits = searcher.search(queries, 5, probes=2)
     for query, found in zip(queries, hits.ids, strict=True):
