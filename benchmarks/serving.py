@@ -35,13 +35,26 @@ from gsl_dist.storage import Folder
 
 HERE = Path(__file__).resolve().parent
 VECTORS = HERE.parents[1] / "shared" / "data" / "sift100k_photos.npz"
-CELLS, SUB_VECTORS, SHARDS, REPLICAS, THREADS = 256, 16, 4, 2, 1
+SUB_VECTORS, SHARDS, REPLICAS, THREADS = 16, 4, 2, 1
+CELLS_BY_ROWS = {100_000: 256, 1_000_000: 1024}
 K, PROBES, BATCH = 10, 16, 1024
 LATENCY_TARGET, THROUGHPUT_TARGET = 3.0, 0.85
 
 
-def load_vectors() -> tuple[NDArray[np.float32], NDArray[np.float32], str]:
-    """Give a base, queries and the name of both: real SIFT if it is there, else seeded clusters."""
+def load_vectors(rows: int) -> tuple[NDArray[np.float32], NDArray[np.float32], str]:
+    """Give a base, queries and the name of both: real SIFT if it is there, else seeded clusters.
+
+    More rows than there are become more by repeating them with a little noise.
+    """
+    base, queries, name = load_hundred_thousand()
+    if rows > len(base):
+        rng = np.random.default_rng(1)
+        base = base[rng.integers(len(base), size=rows)] + rng.normal(size=(rows, base.shape[1])).astype(np.float32) * 4
+    return base, queries, name
+
+
+def load_hundred_thousand() -> tuple[NDArray[np.float32], NDArray[np.float32], str]:
+    """Give 100,000 vectors and queries."""
     if VECTORS.exists():
         arrays = np.load(VECTORS)
         base, queries = (np.ascontiguousarray(arrays[name], np.float32) for name in ("base", "query"))
@@ -57,7 +70,9 @@ def load_vectors() -> tuple[NDArray[np.float32], NDArray[np.float32], str]:
 
 def build_index(folder: str, base: NDArray[np.float32]) -> None:
     """Train IVF-PQ with faiss and publish its codes as shards."""
-    whole = faiss.IndexIVFPQ(faiss.IndexFlatL2(base.shape[1]), base.shape[1], CELLS, SUB_VECTORS, 8)
+    cells_wanted = CELLS_BY_ROWS[len(base)]
+    whole = faiss.IndexIVFPQ(faiss.IndexFlatL2(base.shape[1]), base.shape[1], cells_wanted, SUB_VECTORS, 8)
+    whole.cp.niter = 10
     whole.train(base[:50_000])
     whole.add(base)
     codebook, (ids, cells, codes) = extract_codebook(whole), read_lists(whole)
@@ -71,7 +86,7 @@ def build_index(folder: str, base: NDArray[np.float32]) -> None:
         with place.whole(f"{name}.faiss") as path:
             faiss.write_index(shard, str(path))
         entries.append(ShardEntry(name=name, rows=int(mine.sum()), index=place.pin(f"{name}.faiss")))
-    shape = {"dim": codebook.dim, "cells": CELLS, "sub_vectors": SUB_VECTORS, "bits": 8, "residual": True}
+    shape = {"dim": codebook.dim, "cells": cells_wanted, "sub_vectors": SUB_VECTORS, "bits": 8, "residual": True}
     manifest = Manifest(
         version="bench",
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -132,7 +147,13 @@ def summarize(name: str, values: list[float]) -> dict[str, Any]:
 
 def describe_run(vectors: str) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    layout = {"shards": SHARDS, "replicas": REPLICAS, "threads_per_replica": THREADS, "cells": CELLS, "probes": PROBES}
+    layout = {
+        "shards": SHARDS,
+        "replicas": REPLICAS,
+        "threads_per_replica": THREADS,
+        "cells": CELLS_BY_ROWS,
+        "probes": PROBES,
+    }
     layout |= {"k": K, "batch": BATCH, "sub_vectors": SUB_VECTORS}
     return {"commit": commit.stdout.strip(), "cores": os.cpu_count(), "vectors": vectors, "layout": layout}
 
@@ -149,26 +170,38 @@ def print_table(result: dict[str, Any]) -> None:
     print(f"{'':<22}{figures}   {row['ratio_min']} to {row['ratio_max']}")
 
 
+def measure_size(base: NDArray[np.float32], queries: NDArray[np.float32], *, quick: bool) -> dict[str, Any]:
+    """Serve one index and measure it."""
+    with tempfile.TemporaryDirectory() as folder:
+        build_index(folder, base)
+        config = ServeConfig(index=folder, port=0, replicas=REPLICAS, resources=Resources(cpus=THREADS))
+        service, local = serve(config), open_searcher(folder, threads=REPLICAS * THREADS)
+        try:
+            return {
+                "throughput": compare_throughput(service, local, queries, 5 if quick else 15),
+                "latency": compare_latency(service.url, queries, 5, 200 if quick else 1000),
+            }
+        finally:
+            stop_service()
+
+
 def main() -> None:
     """Build, serve, measure, write and show."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     quick = parser.parse_args().quick
-    base, queries, vectors = load_vectors()
-    with tempfile.TemporaryDirectory() as folder:
-        build_index(folder, base)
-        ray.init(address="local", num_cpus=REPLICAS * THREADS, include_dashboard=False, log_to_driver=False)
-        config = ServeConfig(index=folder, port=0, replicas=REPLICAS, resources=Resources(cpus=THREADS))
-        service, local = serve(config), open_searcher(folder, threads=REPLICAS * THREADS)
-        result = describe_run(vectors)
-        result["throughput"] = compare_throughput(service, local, queries, 5 if quick else 15)
-        result["latency"] = compare_latency(service.url, queries, 5, 200 if quick else 1000)
-        stop_service()
-        ray.shutdown()
+    result: dict[str, Any] = {"by_rows": {}}
+    ray.init(address="local", num_cpus=REPLICAS * THREADS, include_dashboard=False, log_to_driver=False)
+    for rows in CELLS_BY_ROWS:
+        base, queries, vectors = load_vectors(rows)
+        result |= describe_run(vectors)
+        result["by_rows"][rows] = measure_size(base, queries, quick=quick)
+        print(f"{rows:,} vectors")
+        print_table(result["by_rows"][rows])
+    ray.shutdown()
     target = HERE / "results" / "serving.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(result, indent=2) + "\n")
-    print_table(result)
 
 
 if __name__ == "__main__":
