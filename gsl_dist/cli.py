@@ -148,7 +148,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="where the report and all artefacts go")] = Path("build/demo"),
     seed: Annotated[int, typer.Option(min=0, help="seed of both trainings")] = 0,
 ) -> None:
-    """Run the main job on 12,000 shipped photographs and leave a report.
+    """Run the main job on 12,000 shipped images and leave a report.
 
     Example: gsl demo --output build/demo
     """

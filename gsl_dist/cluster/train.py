@@ -8,6 +8,7 @@ worker costs at most the epoch it was in. When the last epoch is done the driver
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import threading
 import uuid
@@ -153,6 +154,9 @@ def _read_rows(config: CorpusConfig) -> TrainingSet:
 
 
 def _train(config: TrainConfig, rows: Any, folder: Folder, made_by: str, progress: Progress) -> ray.train.Result:
+    # A report waits for the controller's next look at the workers; Ray's two seconds would cost that in every epoch
+    # (a demo training takes 48 s with this, 69 s without).
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     coordinator = start_coordinator()
     resources = {"CPU": config.resources.cpus} | ({"GPU": config.resources.gpus} if config.resources.gpus else {})
     trainer = TorchTrainer(
