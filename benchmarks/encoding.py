@@ -1,7 +1,8 @@
 """The encode stage against the least that must be done: a torch loop and faiss's encoder, in one process.
 
 Both read the same Parquet of encoded images, decode them, run the same CNN and code the result on the same cores. The
-bare loop keeps nothing and writes nothing; the stage writes codes, ids and checksums and could be resumed.
+bare loop keeps nothing and writes nothing; the stage writes codes, ids and checksums and could be resumed. Then one
+worker, alone in a process, encodes a quarter of the corpus and all of it as one shard: its peak resident memory.
 
 python benchmarks/encoding.py [--rows 400000] [--rounds 3]
 """
@@ -9,6 +10,8 @@ python benchmarks/encoding.py [--rows 400000] [--rounds 3]
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +26,7 @@ import torch
 from record import spread, write_result
 
 from gsl_dist.cluster.codebook import CodebookConfig, run_codebook
-from gsl_dist.cluster.encode import EncodeConfig, run_encode
+from gsl_dist.cluster.encode import EncodeConfig, ShardEncoder, run_encode
 from gsl_dist.cluster.model import load_encoder, load_trained_codebook
 from gsl_dist.cluster.session import start_session, stay_quiet
 from gsl_dist.cluster.train import TrainConfig, run_train
@@ -54,7 +57,9 @@ def main() -> None:
         print(f"round {turn}: stage {stage[-1]:.0f}, bare loop {bare[-1]:.0f} rows/s", flush=True)
     ratios = [ours / theirs for ours, theirs in zip(stage, bare, strict=True)]
     figures = {"stage_rows_per_s": spread(stage), "bare_rows_per_s": spread(bare), "ratio": spread(ratios)}
-    write_result("encoding", figures | {"rows": wanted.rows, "cores": CORES})
+    peaks = {rows: measure_peak(corpus, rows) for rows in (wanted.rows // 4, wanted.rows)}
+    print(f"peak resident MB of one worker by rows: {peaks}")
+    write_result("encoding", figures | {"worker_peak_mb_by_rows": peaks, "rows": wanted.rows, "cores": CORES})
 
 
 def write_corpus(rows: int) -> Path:
@@ -79,14 +84,28 @@ def make_model() -> None:
 
 
 def time_stage(corpus: Path, turn: int) -> float:
-    output = PLACE / f"codes-{turn}"
-    shutil.rmtree(output, ignore_errors=True)
+    config = make_settings(corpus, f"codes-{turn}", shards=8, resources={"workers": CORES, "cpus": 1})
+    start = time.perf_counter()
+    run_encode(config)
+    return time.perf_counter() - start
+
+
+def make_settings(corpus: Path, name: str, **more: Any) -> EncodeConfig:
+    shutil.rmtree(PLACE / name, ignore_errors=True)
     tree: dict[str, Any] = images("train").model_dump() | {"path": str(corpus), "label_column": None}
     settings = {"corpus": tree, "model": str(PLACE / "model"), "codebook": str(PLACE / "codebook")}
-    settings |= {"output": str(output), "shards": 8, "resources": {"workers": CORES, "cpus": 1}}
-    start = time.perf_counter()
-    run_encode(check_config(EncodeConfig, settings))
-    return time.perf_counter() - start
+    return check_config(EncodeConfig, settings | {"output": str(PLACE / name)} | more)
+
+
+def measure_peak(corpus: Path, rows: int) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as alone:
+        return alone.apply(encode_alone, (corpus, rows))
+
+
+def encode_alone(corpus: Path, rows: int) -> float:
+    config = make_settings(corpus, "codes-alone", keep_vectors=True, resources={"workers": 1, "cpus": 1})
+    ShardEncoder(config, "memory").encode_shard(0, 0, rows)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def time_bare(corpus: Path) -> float:

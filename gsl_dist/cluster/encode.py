@@ -221,14 +221,26 @@ def read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def group_tables(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Join small tables into ones large enough for a row group."""
-    held: list[pa.Table] = []
-    for table in tables:
-        held.append(table)
-        if sum(len(part) for part in held) >= _GROUP_ROWS:
-            yield pa.concat_tables(held)
-            held = []
-    yield pa.concat_tables(held) if held else schema.empty_table()
+    """Join small tables into ones large enough for a row group; no tables give one empty table."""
+    group = _join_next(tables, schema)
+    yield group
+    while len(group) >= _GROUP_ROWS:
+        group = _join_next(tables, schema)
+        if len(group):
+            yield group
+
+
+def _join_next(tables: Iterator[pa.Table], schema: pa.Schema) -> pa.Table:
+    # What waits for its group is copied into one buffer: held as they come, the small arrays of a batch would lie
+    # between large ones that come and go, the allocator could not give those back, and memory would grow with the rows.
+    rows, held = 0, pa.BufferOutputStream()
+    with pa.ipc.new_stream(held, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+            rows += len(table)
+            if rows >= _GROUP_ROWS:
+                break
+    return pa.ipc.open_stream(held.getvalue()).read_all()
 
 
 def _check_settings(config: EncodeConfig, corpus: Corpus, codebook: Codebook) -> None:
