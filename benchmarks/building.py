@@ -84,7 +84,7 @@ def make_codes(vectors: NDArray[np.float32]) -> Codebook:
     PLACE.mkdir(parents=True)
     np.save(PLACE / "vectors.npy", vectors)
     corpus = {"path": str(PLACE / "vectors.npy")}
-    shape = {"sub_vectors": 16, "bits": 8, "cells": 1024}
+    shape = {"kind": "pq", "sub_vectors": 16, "bits": 8, "cells": 1024}
     lloyd = {"iterations": 5, "sample_rows": 50_000}
     fitted = {
         "source": "fitted",

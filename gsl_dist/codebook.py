@@ -1,13 +1,15 @@
 """A trained quantizer as plain arrays with a fingerprint: what training, encoding, shards and service agree on.
 
-A vector x belongs to a cell c of the coarse partition. Its code stands for x itself, or for the residual x - coarse[c],
-cut into M sub-vectors, each replaced by one of K codewords. The fingerprint hashes every array and flag; codes, shards
-and manifests carry it, so that a code is never read with another codebook than the one that wrote it.
+A vector x is turned by the rotation R, if there is one: z = R x. It belongs to the cell c of the coarse partition whose
+centroid is nearest to z. Its code stands for z itself, or for the residual z - coarse[c], as M choices among K codewords each. In
+a product codebook (`pq`) choice m stands for the m-th of M equal parts of the vector; in an additive one (`rq`, `lsq`)
+the vector is the sum of the M codewords. The fingerprint hashes every array and flag; codes, shards and manifests carry
+it, so that a code is never read with another codebook than the one that wrote it.
 
 This module knows nothing of how a codebook is trained.
 """
 
-# Shapes: N vectors, D dims, C cells, M sub-vectors, K codewords, d = D // M
+# Shapes: N vectors, D dims, C cells, M choices, K codewords; d = D // M in product codebooks, D in additive ones
 
 from __future__ import annotations
 
@@ -25,6 +27,8 @@ from safetensors.numpy import save as save_tensors
 from gsl_dist.errors import ArtefactError
 from gsl_dist.storage import Folder
 
+KINDS = ("pq", "rq", "lsq")
+
 FloatArray = NDArray[np.float32]
 CodeArray = NDArray[np.uint8]
 IdArray = NDArray[np.int64]
@@ -32,34 +36,44 @@ IdArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Codebook:
-    """The arrays of a product quantizer with coarse cells.
+    """The arrays of a quantizer with coarse cells.
 
     Args:
-        coarse: centroids of the cells; a single row of zeros where there is no partition.
-        books: the codewords of each sub-vector.
-        residual: whether codes stand for x - coarse[cell] instead of x.
+        coarse: centroids of the cells, rotated; a single row of zeros where there is no partition.
+        books: the codewords of each choice.
+        residual: whether codes stand for what the cell's centroid leaves over.
+        kind: `pq`, product codes; `rq` and `lsq`, codewords that add up, which differ in how codes are searched for.
+        rotation: R, orthogonal; None where vectors are coded as they are.
 
-    Shapes: coarse (C, D) float32; books (M, K, d) float32.
+    Shapes: coarse (C, D) float32; books (M, K, d) float32; rotation (D, D) float32.
     """
 
     coarse: FloatArray
     books: FloatArray
     residual: bool
     kind: str = "pq"
+    rotation: FloatArray | None = None
 
     def __post_init__(self) -> None:
-        for name, ndim in (("coarse", 2), ("books", 3)):
-            array = np.ascontiguousarray(getattr(self, name), dtype=np.float32)
-            assert array.ndim == ndim, (name, array.shape)
+        for name, array in self.arrays().items():
+            array = np.array(array, dtype=np.float32, order="C")
+            assert array.ndim == {"coarse": 2, "books": 3, "rotation": 2}[name], (name, array.shape)
             array.flags.writeable = False
             object.__setattr__(self, name, array)
+        assert self.kind in KINDS, self.kind
         assert self.coarse.shape[1] == self.dim, (self.coarse.shape, self.books.shape)
         assert self.codewords == 1 << self.bits <= 256, self.books.shape
+        assert self.rotation is None or self.rotation.shape == (self.dim, self.dim), self.rotation.shape
+
+    @property
+    def additive(self) -> bool:
+        """Tell whether a vector is the sum of its codewords, not their concatenation."""
+        return self.kind != "pq"
 
     @property
     def dim(self) -> int:
         """Give D, the length of a vector."""
-        return int(self.books.shape[0] * self.books.shape[2])
+        return int(self.books.shape[2] * (1 if self.additive else self.books.shape[0]))
 
     @property
     def cells(self) -> int:
@@ -68,7 +82,7 @@ class Codebook:
 
     @property
     def sub_vectors(self) -> int:
-        """Give M, the number of codewords that make up a vector."""
+        """Give M, the number of codewords that make up a vector: one for each of its parts, or so many to add."""
         return int(self.books.shape[0])
 
     @property
@@ -95,7 +109,7 @@ class Codebook:
     def fingerprint(self) -> str:
         """Give a hash of everything that decides what a code means."""
         digest = hashlib.sha256(json.dumps(self._flags(), sort_keys=True).encode())
-        for array in (self.coarse, self.books):
+        for array in self.arrays().values():
             digest.update(json.dumps(array.shape).encode())
             digest.update(array.astype("<f4", copy=False).tobytes())
         return digest.hexdigest()[:32]
@@ -128,13 +142,26 @@ class Codebook:
         Shapes: cells_N (N,), codes_NM (N, M) -> (N, D) float32.
         """
         parts = [book[codes] for book, codes in zip(self.books, codes_NM.T, strict=True)]
-        decoded = np.concatenate(parts, axis=1)
-        return decoded + self.coarse[cells_N] if self.residual else decoded
+        decoded = np.sum(parts, axis=0) if self.additive else np.concatenate(parts, axis=1)
+        decoded = decoded + self.coarse[cells_N] if self.residual else decoded
+        return decoded if self.rotation is None else decoded @ self.rotation
+
+    def rotate(self, x_ND: FloatArray) -> FloatArray:
+        """Give vectors as the cells and codewords see them.
+
+        Shapes: x_ND (N, D) float32 -> (N, D) float32.
+        """
+        return x_ND if self.rotation is None else x_ND @ self.rotation.T
+
+    def arrays(self) -> dict[str, FloatArray]:
+        """Give the arrays by their names, those that there are."""
+        given = {"coarse": self.coarse, "books": self.books, "rotation": self.rotation}
+        return {name: array for name, array in given.items() if array is not None}
 
     def save(self, folder: Folder, name: str) -> None:
         """Write the codebook as one safetensors file with its flags and fingerprint in the header."""
         header = {"gsl_codebook": json.dumps(self._flags() | {"fingerprint": self.fingerprint})}
-        folder.write_bytes(name, save_tensors({"coarse": self.coarse, "books": self.books}, metadata=header))
+        folder.write_bytes(name, save_tensors(self.arrays(), metadata=header))
 
     @classmethod
     def load(cls, folder: Folder, name: str) -> Codebook:
@@ -149,7 +176,7 @@ class Codebook:
             length = int.from_bytes(content[:8], "little")
             flags = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["gsl_codebook"])
             wanted = flags.pop("fingerprint")
-            codebook = cls(coarse=tensors["coarse"], books=tensors["books"], **flags)
+            codebook = cls(**tensors, **flags)
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise ArtefactError(folder.path(name), f"it is not a codebook ({error or type(error).__name__})") from error
         if codebook.fingerprint != wanted:

@@ -39,7 +39,7 @@ from gsl_dist.index.ivfpq import create_shard, fill_shard
 from gsl_dist.index.manifest import Manifest, open_version
 from gsl_dist.index.search import LocalSearcher, open_searcher
 from gsl_dist.measure import measure_latency, measure_throughput
-from gsl_dist.quantizers import ProductConfig, make_quantizer
+from gsl_dist.quantizers import open_quantizer
 from gsl_dist.report import Pictures, ResultRow, write_report
 from gsl_dist.storage import Folder
 
@@ -131,7 +131,7 @@ def train_settings(demo: Demo, bits: int, variant: str, output: str) -> dict[str
         "output": demo.place(output),
         "encoder": {"kind": "cnn", "dim": 48, "channels": [16, 32, 64]},
         "loss": {"kind": "proxy", "temperature": 0.2},
-        "quantizer": {"sub_vectors": bits // 4, "bits": 4, "cells": 16, "residual": False},
+        "quantizer": {"kind": "pq", "sub_vectors": bits // 4, "bits": 4, "cells": 16, "residual": False},
         "snap": {"variant": variant, "beta": 0.5, "neighbours": 4},
         "fit": {"epochs": 20, "warmup_epochs": 5, "batch_size": 256, "learning_rate": 2e-3, "seed": demo.seed},
         "resources": {"workers": WORKERS, "cpus": 1},
@@ -232,10 +232,7 @@ def score_representations(encoder: Encoder, codebook: Codebook, held: Held) -> S
     """Rank the database by its codes for every query, in this process, and give mAP and quantization error."""
     y_ND = embed(encoder, torch.from_numpy(held.database.items))
     queries_QD = embed(encoder, torch.from_numpy(held.queries.items)).numpy()
-    shape = ProductConfig(
-        sub_vectors=codebook.sub_vectors, bits=codebook.bits, cells=codebook.cells, residual=codebook.residual
-    )
-    cells_N, codes_NM = (part.numpy() for part in make_quantizer(shape, codebook.dim).encode(y_ND, codebook))
+    cells_N, codes_NM = (part.numpy() for part in open_quantizer(codebook).encode(y_ND, codebook))
     shard = create_shard(codebook)
     fill_shard(shard, held.database.ids, cells_N, codebook.pack(codes_NM))
     searcher = LocalSearcher(_blank_manifest(codebook), codebook, shard, ("shard-00000",))

@@ -1,7 +1,8 @@
 """Gradient snapping: the network is pulled toward codewords by bending its gradient, with no loss added.
 
-Forward is the identity: y -> y. Backward, each sub-vector of each row is handled by itself. With its gradient g, its
-k nearest codewords c and the pulls d_c = c - y:
+Forward is the identity: y -> y. Backward, each block of each row is handled by itself: the sub-vectors of a product
+codebook, or the whole vector where codewords add up. With the block's gradient g, the k nearest codewords c (of an
+additive codebook: the k best sums that a beam search holds) and the pulls d_c = c - y:
 
     c*  = the c with the largest cos(-g, d_c)          (the neighbour that the descent already heads for)
     d   = d_{c*},  s = cos(-g, d)
@@ -16,8 +17,10 @@ and, where s > 0, the gradient that goes on is
     add       g~ = g - beta |g| d / |d|                all of g, and a pull beta times as large
 
 Where s <= 0 (no neighbour lies downhill), the `fallback` says what goes on: `pass` g, `zero` nothing, `widen` looks
-among all codewords before it gives nothing, `orthogonal` the part of g that does not change the distance to the
-nearest codeword. Properties, for every variant and fallback:
+among all codewords (or as many sums as the widest beam holds) before it gives nothing, `orthogonal` the part of g that
+does not change the distance to the nearest codeword.
+
+Properties, for every variant above and every fallback:
 
     P1  <g, g~> >= 0: to first order, a step along -g~ never raises the similarity loss.
     P2  where s > 0, <-g~, d> > 0: a step along -g~ brings y strictly nearer to c* if it is shorter than
@@ -25,7 +28,16 @@ nearest codeword. Properties, for every variant and fallback:
         and add are a part of -g and a part that points to c*.
     P3  g = 0 gives g~ = 0: where the loss is satisfied, nothing is pulled.
 
-All but rescale treat each sub-vector by itself. Rescale looks at the rows of this process, so that its steps, and no
+The opponents, in the same place of the same loop, with the nearest decoded vector q and r = y - q:
+
+    none      g~ = g                                   nothing couples network and codebook: training in two steps
+    penalty   g~ = g + (2 weight / N) r                as if weight x the mean of |r|^2 were added to the loss
+    surgery   g~ = g + (2 weight / N) r'               r' is r without its part against g: <g, r'> >= 0, so P1 holds
+
+with N the rows of the whole batch. `forward: decoded` gives q to the loss instead of y, and the gradient comes back as
+if it had been y (straight through); it goes with every variant.
+
+All but rescale treat each block by itself. Rescale looks at the rows of this process, so that its steps, and no
 other's, depend on how many workers share a batch.
 
 Source: the idea is Liu and Lu, Accurate Deep Representation Quantization with Gradient Snapping Layer for Similarity
@@ -33,10 +45,11 @@ Search, arXiv 1610.09645, of which only the abstract could be read; the formulas
 This module does not know how the codebook came about or what the loss is.
 """
 
-# Shapes: N rows, D dims, C cells, M sub-vectors, K codewords, d = D // M, k neighbours
+# Shapes: N rows, D dims, G blocks of d dims, k neighbours
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,29 +59,31 @@ from torch import Tensor, nn
 
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict
+from gsl_dist.quantizers import Quantizer, leave_over, open_quantizer
+from gsl_dist.quantizers.base import as_tensor
+
+FindNear = Callable[[int], Tensor]
+"""Gives the k nearest codewords of every block, nearest first: k -> (N, G, k, d), fewer where there are no more."""
 
 _TINY = 1e-12
+_ALL = 1 << 16
 
 
 class SnapConfig(Strict):
     """How gradients are bent toward codewords; `variant: none` leaves them alone."""
 
-    variant: Literal["none", "project", "norm", "clamp", "rescale", "blend", "add"] = "add"
-    neighbours: int = Field(default=4, ge=1, description="k nearest codewords to choose from in each sub-vector")
+    variant: Literal["none", "project", "norm", "clamp", "rescale", "blend", "add", "penalty", "surgery"] = "add"
+    neighbours: int = Field(default=4, ge=1, description="k nearest codewords to choose from in each block")
     beta: float = Field(default=0.5, ge=0, description="strength of add; share of project in blend (at most 1)")
     step: float = Field(default=1.0, gt=0, description="assumed step in y, for clamp")
+    weight: float = Field(default=0.1, ge=0, description="of the quantization loss, for penalty and surgery")
     fallback: Literal["pass", "zero", "widen", "orthogonal"] = "pass"
+    forward: Literal["identity", "decoded"] = "identity"
 
     @model_validator(mode="after")
     def _blend_is_share(self) -> SnapConfig:
         if self.variant == "blend" and self.beta > 1:
             raise ValueError(f"beta ({self.beta}) is a share in blend: it must be 0 to 1")
-        return self
-
-    @model_validator(mode="after")
-    def _blend_stays_downhill(self) -> SnapConfig:
-        if self.variant == "blend" and self.beta > 1:
-            raise ValueError(f"beta ({self.beta}) is a share in blend: at most 1")
         return self
 
 
@@ -77,7 +92,7 @@ class SnapHealth:
     """How far snapping bends: means over the rows with a gradient, since the last look.
 
     Args:
-        fallback_rate: share of sub-vectors in which no codeword that was looked at lay downhill.
+        fallback_rate: share of blocks in which no codeword that was looked at lay downhill.
         cosine: of the kept to the raw gradient of the whole row.
         energy: squared length of the kept over that of the raw gradient.
     """
@@ -87,97 +102,125 @@ class SnapHealth:
     energy: float
 
 
-def snap_gradient(grad_NMd: Tensor, y_NMd: Tensor, books_MKd: Tensor, config: SnapConfig) -> tuple[Tensor, Tensor]:
-    """Bend gradients toward codewords by the formulas above.
+def snap_gradient(
+    grad_NGd: Tensor, y_NGd: Tensor, find_near: FindNear, config: SnapConfig, *, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Bend gradients by the formulas above.
 
-    Shapes: grad_NMd, y_NMd (N, M, d), books_MKd (M, K, d) -> bent (N, M, d), aligned (N, M) bool.
+    Args:
+        grad_NGd: the gradient of each block.
+        y_NGd: the blocks.
+        find_near: gives their nearest codewords.
+        config: the variant and its numbers.
+        rows: those of the whole batch, if this is only a part of it.
+
+    Shapes: grad_NGd, y_NGd (N, G, d) -> bent (N, G, d), aligned (N, G) bool.
     """
-    if config.variant == "none":
-        return grad_NMd, torch.ones(grad_NMd.shape[:2], dtype=torch.bool, device=grad_NMd.device)
-    distances_NMK = measure_blocks(y_NMd, books_MKd)
-    k = min(config.neighbours, books_MKd.shape[1])
-    near_NMk = distances_NMK.topk(k, dim=-1, largest=False).indices
-    pull_NMd, cosine_NM = _choose_codeword(grad_NMd, y_NMd, books_MKd, near_NMk)
+    if config.variant in ("none", "penalty", "surgery"):
+        return _couple(grad_NGd, y_NGd, find_near, config, rows or len(grad_NGd))
+    near_NGkd = find_near(config.neighbours)
+    pull_NGd, cosine_NG = _choose_codeword(grad_NGd, y_NGd, near_NGkd)
     if config.fallback == "widen":
-        wide_NMd, wide_NM = _choose_any(grad_NMd, y_NMd, books_MKd, distances_NMK)
-        lost_NM = cosine_NM <= 0
-        pull_NMd = torch.where(lost_NM[..., None], wide_NMd, pull_NMd)
-        cosine_NM = torch.where(lost_NM, wide_NM, cosine_NM)
-    aligned_NM = cosine_NM > 0
-    bent_NMd = _bend(grad_NMd, pull_NMd, cosine_NM.clamp_min(0), config)
-    rest_NMd = _fall_back(grad_NMd, y_NMd, books_MKd, near_NMk, config.fallback)
-    return torch.where(aligned_NM[..., None], bent_NMd, rest_NMd), aligned_NM
-
-
-def measure_blocks(y_NMd: Tensor, books_MKd: Tensor) -> Tensor:
-    """Give squared distances of every sub-vector to its codewords, up to a constant of the sub-vector.
-
-    Shapes: (N, M, d), (M, K, d) -> (N, M, K).
-    """
-    norms_MK = books_MKd.square().sum(-1)
-    dots_MNK = torch.baddbmm(norms_MK[:, None], y_NMd.transpose(0, 1), books_MKd.transpose(1, 2), alpha=-2)
-    return dots_MNK.transpose(0, 1)
+        wide_NGd, wide_NG = _choose_codeword(grad_NGd, y_NGd, find_near(_ALL))
+        lost_NG = cosine_NG <= 0
+        pull_NGd = torch.where(lost_NG[..., None], wide_NGd, pull_NGd)
+        cosine_NG = torch.where(lost_NG, wide_NG, cosine_NG)
+    aligned_NG = cosine_NG > 0
+    bent_NGd = _bend(grad_NGd, pull_NGd, cosine_NG.clamp_min(0), config)
+    rest_NGd = _fall_back(grad_NGd, y_NGd, near_NGkd[:, :, 0], config.fallback)
+    return torch.where(aligned_NG[..., None], bent_NGd, rest_NGd), aligned_NG
 
 
 class SnapGradient(torch.autograd.Function):
-    """The identity, whose backward pass is `snap_gradient`."""
+    """The identity, or the decoded row, whose backward pass is `snap_gradient`."""
 
     @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, rest_ND: Tensor, layer: SnappingLayer) -> Tensor:
-        """Give y unchanged; `rest_ND` is what the quantizer codes of it (y, or y less its cell's centroid)."""
+    def forward(ctx: Any, y_ND: Tensor, layer: SnappingLayer) -> Tensor:
+        """Give y as it is, or what its code stands for."""
+        cells_N, rest_ND = leave_over(y_ND, layer.codebook)
         ctx.save_for_backward(rest_ND)
         ctx.layer = layer
-        return y_ND.view_as(y_ND)
+        return y_ND.view_as(y_ND) if layer.config.forward == "identity" else layer.decode(cells_N, rest_ND)
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """Give the bent gradient for y."""
         (rest_ND,) = ctx.saved_tensors
-        return ctx.layer.bend(grad_ND, rest_ND), None, None
+        return ctx.layer.bend(grad_ND, rest_ND), None
 
 
 class SnappingLayer(nn.Module):
     """Passes representations on and bends the gradient that comes back.
 
-    Without a codebook, in evaluation mode, or with `variant: none` it does nothing. The codebook is held constant
-    while the network moves; `set_codebook` replaces it between epochs.
+    Without a codebook or in evaluation mode it does nothing. The codebook is held constant while the network moves;
+    `set_codebook` replaces it between epochs.
+
+    Args:
+        config: the variant and its numbers.
+        workers: those that share a batch; only `penalty` and `surgery`, whose force is a mean over the batch, ask.
     """
 
-    def __init__(self, config: SnapConfig) -> None:
+    def __init__(self, config: SnapConfig, *, workers: int = 1) -> None:
         super().__init__()
-        self.config = config
-        self._books_MKd: Tensor | None = None
-        self._coarse_CD: Tensor | None = None
+        self.config, self.workers = config, workers
+        self._codebook: Codebook | None = None
+        self._quantizer: Quantizer | None = None
         self._sums = torch.zeros(4, dtype=torch.float64)
+
+    @property
+    def codebook(self) -> Codebook:
+        """Give the codewords to land on."""
+        assert self._codebook is not None
+        return self._codebook
 
     def set_codebook(self, codebook: Codebook | None) -> None:
         """Take the codewords to land on, or none."""
-        self._books_MKd = None if codebook is None else torch.tensor(codebook.books)
-        keep_cells = codebook is not None and codebook.residual
-        self._coarse_CD = torch.tensor(codebook.coarse) if codebook is not None and keep_cells else None
+        self._codebook = codebook
+        self._quantizer = None if codebook is None else open_quantizer(codebook)
 
     def forward(self, y_ND: Tensor) -> Tensor:
-        """Give y unchanged.
+        """Give y unchanged, or decoded.
 
         Shapes: (N, D) -> (N, D).
         """
-        if self._books_MKd is None or self.config.variant == "none" or not self.training:
+        idle = self.config.variant == "none" and self.config.forward == "identity"
+        if self._codebook is None or idle or not self.training:
             return y_ND
-        snapped: Tensor = SnapGradient.apply(y_ND, self._leave_over(y_ND.detach()), self)
+        snapped: Tensor = SnapGradient.apply(y_ND, self)
         return snapped
 
     def bend(self, grad_ND: Tensor, rest_ND: Tensor) -> Tensor:
         """Bend the gradient of a batch and note how far.
 
-        Shapes: (N, D), (N, D) -> (N, D).
+        Shapes: grad_ND (N, D); rest_ND (N, D), what the codewords stand for of each row -> (N, D).
         """
-        assert self._books_MKd is not None
-        books_MKd = self._books_MKd.to(grad_ND)
-        shape = (len(grad_ND), books_MKd.shape[0], books_MKd.shape[2])
-        grad_NMd = grad_ND.reshape(shape)
-        bent_NMd, aligned_NM = snap_gradient(grad_NMd, rest_ND.reshape(shape), books_MKd, self.config)
-        self._note(grad_NMd, bent_NMd, aligned_NM)
-        return bent_NMd.reshape_as(grad_ND)
+        turned_ND = _turn(grad_ND, self.codebook)
+        near_NG1d = self._find_near(rest_ND, 1)
+        blocks = (len(grad_ND), near_NG1d.shape[1], near_NG1d.shape[3])
+        grad_NGd = turned_ND.reshape(blocks)
+        bent_NGd, aligned_NG = snap_gradient(
+            grad_NGd,
+            rest_ND.reshape(blocks),
+            lambda k: near_NG1d if k == 1 else self._find_near(rest_ND, k),
+            self.config,
+            rows=len(grad_ND) * self.workers,
+        )
+        self._note(grad_NGd, bent_NGd, aligned_NG)
+        return _turn(bent_NGd.reshape_as(grad_ND), self.codebook, back=True)
+
+    def decode(self, cells_N: Tensor, rest_ND: Tensor) -> Tensor:
+        """Give what the nearest code of each row stands for.
+
+        Shapes: cells_N (N,), rest_ND (N, D) -> (N, D).
+        """
+        decoded_ND = self._find_near(rest_ND, 1)[:, :, 0].flatten(1)
+        if self.codebook.residual:
+            decoded_ND = decoded_ND + as_tensor(self.codebook.coarse, rest_ND)[cells_N]
+        return _turn(decoded_ND, self.codebook, back=True)
+
+    def _find_near(self, rest_ND: Tensor, k: int) -> Tensor:
+        assert self._quantizer is not None
+        return self._quantizer.neighbours(rest_ND, self.codebook, k)
 
     def take_health(self) -> SnapHealth | None:
         """Give the health since the last call, and start anew; None if nothing was snapped."""
@@ -185,65 +228,75 @@ class SnappingLayer(nn.Module):
         self._sums.zero_()
         return SnapHealth(1 - aligned / rows, cosine / rows, energy / rows) if rows else None
 
-    def _leave_over(self, y_ND: Tensor) -> Tensor:
-        if self._coarse_CD is None:
-            return y_ND
-        coarse_CD = self._coarse_CD.to(y_ND)
-        return y_ND - coarse_CD[torch.cdist(y_ND, coarse_CD).argmin(dim=1)]
-
-    def _note(self, grad_NMd: Tensor, bent_NMd: Tensor, aligned_NM: Tensor) -> None:
-        raw, kept = grad_NMd.flatten(1), bent_NMd.flatten(1)
+    def _note(self, grad_NGd: Tensor, bent_NGd: Tensor, aligned_NG: Tensor) -> None:
+        raw, kept = grad_NGd.flatten(1), bent_NGd.flatten(1)
         lengths = raw.norm(dim=1), kept.norm(dim=1)
         live = lengths[0] > _TINY
         cosine = (raw * kept).sum(1) / (lengths[0] * lengths[1]).clamp_min(_TINY)
         energy = lengths[1].square() / lengths[0].square().clamp_min(_TINY)
-        sums = [live.sum(), (aligned_NM.to(raw).mean(1) * live).sum(), (cosine * live).sum(), (energy * live).sum()]
+        sums = [live.sum(), (aligned_NG.to(raw).mean(1) * live).sum(), (cosine * live).sum(), (energy * live).sum()]
         self._sums += torch.stack([value.double() for value in sums]).cpu()
 
 
-def _choose_codeword(grad_NMd: Tensor, y_NMd: Tensor, books_MKd: Tensor, near_NMk: Tensor) -> tuple[Tensor, Tensor]:
+def _turn(grad_ND: Tensor, codebook: Codebook, *, back: bool = False) -> Tensor:
+    """Turn gradients into the codewords' frame, or back; lengths and angles stay."""
+    if codebook.rotation is None:
+        return grad_ND
+    rotation_DD = as_tensor(codebook.rotation, grad_ND)
+    return grad_ND @ (rotation_DD if back else rotation_DD.T)
+
+
+def _couple(
+    grad_NGd: Tensor, y_NGd: Tensor, find_near: FindNear, config: SnapConfig, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Give the gradient with that of a quantization loss added, as it is or without what goes against the first."""
+    everywhere = torch.ones(grad_NGd.shape[:2], dtype=torch.bool, device=grad_NGd.device)
+    if config.variant == "none":
+        return grad_NGd, everywhere
+    rest_NGd = y_NGd - find_near(1)[:, :, 0]
+    if config.variant == "surgery":
+        against_N = (rest_NGd * grad_NGd).sum((1, 2)).clamp_max(0)
+        share_N = against_N / grad_NGd.square().sum((1, 2)).clamp_min(_TINY)
+        rest_NGd = rest_NGd - share_N[:, None, None] * grad_NGd
+    return grad_NGd + 2 * config.weight / rows * rest_NGd, everywhere
+
+
+def _choose_codeword(grad_NGd: Tensor, y_NGd: Tensor, near_NGkd: Tensor) -> tuple[Tensor, Tensor]:
     """Give the pull to the best aligned of the near codewords and its cosine with the descent direction."""
-    parts = torch.arange(books_MKd.shape[0], device=near_NMk.device)[None, :, None]
-    pulls_NMkd = books_MKd[parts, near_NMk] - y_NMd[:, :, None]
-    lengths_NMk = pulls_NMkd.norm(dim=-1)
-    along_NMk = -(pulls_NMkd * grad_NMd[:, :, None]).sum(-1)
+    pulls_NGkd = near_NGkd - y_NGd[:, :, None]
+    lengths_NGk = pulls_NGkd.norm(dim=-1)
+    along_NGk = -(pulls_NGkd * grad_NGd[:, :, None]).sum(-1)
     # A row that sits on its codeword has no direction to it: such a codeword is never chosen.
-    cosine_NMk = torch.where(lengths_NMk > _TINY, along_NMk / lengths_NMk.clamp_min(_TINY), -torch.inf)
-    best_NM, where_NM = cosine_NMk.max(dim=-1)
-    chosen_NMd = pulls_NMkd.gather(2, where_NM[..., None, None].expand(-1, -1, 1, y_NMd.shape[2])).squeeze(2)
-    return chosen_NMd, best_NM / grad_NMd.norm(dim=-1).clamp_min(_TINY)
+    cosine_NGk = torch.where(lengths_NGk > _TINY, along_NGk / lengths_NGk.clamp_min(_TINY), -torch.inf)
+    best_NG, where_NG = cosine_NGk.max(dim=-1)
+    chosen_NGd = pulls_NGkd.gather(2, where_NG[..., None, None].expand(-1, -1, 1, y_NGd.shape[2])).squeeze(2)
+    return chosen_NGd, best_NG / grad_NGd.norm(dim=-1).clamp_min(_TINY)
 
 
-def _choose_any(grad_NMd: Tensor, y_NMd: Tensor, books_MKd: Tensor, distances_NMK: Tensor) -> tuple[Tensor, Tensor]:
-    order = torch.arange(books_MKd.shape[1], device=grad_NMd.device).expand_as(distances_NMK)
-    return _choose_codeword(grad_NMd, y_NMd, books_MKd, order)
-
-
-def _bend(grad_NMd: Tensor, pull_NMd: Tensor, cosine_NM: Tensor, config: SnapConfig) -> Tensor:
-    length_NM = pull_NMd.norm(dim=-1).clamp_min(_TINY)
-    unit_NMd = pull_NMd / length_NM[..., None]
-    size_NM = grad_NMd.norm(dim=-1)
+def _bend(grad_NGd: Tensor, pull_NGd: Tensor, cosine_NG: Tensor, config: SnapConfig) -> Tensor:
+    length_NG = pull_NGd.norm(dim=-1).clamp_min(_TINY)
+    unit_NGd = pull_NGd / length_NG[..., None]
+    size_NG = grad_NGd.norm(dim=-1)
     if config.variant == "add":
-        return grad_NMd - config.beta * size_NM[..., None] * unit_NMd
+        return grad_NGd - config.beta * size_NG[..., None] * unit_NGd
     if config.variant == "norm":
-        return -size_NM[..., None] * unit_NMd
-    kept_NM = size_NM * cosine_NM
+        return -size_NG[..., None] * unit_NGd
+    kept_NG = size_NG * cosine_NG
     if config.variant == "clamp":
-        kept_NM = torch.minimum(kept_NM, length_NM / config.step)
-    projected_NMd = -kept_NM[..., None] * unit_NMd
+        kept_NG = torch.minimum(kept_NG, length_NG / config.step)
+    projected_NGd = -kept_NG[..., None] * unit_NGd
     if config.variant == "blend":
-        return grad_NMd + config.beta * (projected_NMd - grad_NMd)
+        return grad_NGd + config.beta * (projected_NGd - grad_NGd)
     if config.variant == "rescale":
-        return projected_NMd * (grad_NMd.norm() / projected_NMd.norm().clamp_min(_TINY))
-    return projected_NMd
+        return projected_NGd * (grad_NGd.norm() / projected_NGd.norm().clamp_min(_TINY))
+    return projected_NGd
 
 
-def _fall_back(grad_NMd: Tensor, y_NMd: Tensor, books_MKd: Tensor, near_NMk: Tensor, fallback: str) -> Tensor:
+def _fall_back(grad_NGd: Tensor, y_NGd: Tensor, nearest_NGd: Tensor, fallback: str) -> Tensor:
     if fallback == "pass":
-        return grad_NMd
+        return grad_NGd
     if fallback != "orthogonal":
-        return torch.zeros_like(grad_NMd)
-    parts = torch.arange(books_MKd.shape[0], device=near_NMk.device)
-    rest_NMd = y_NMd - books_MKd[parts, near_NMk[..., 0]]
-    squared_NM = rest_NMd.square().sum(-1, keepdim=True).clamp_min(_TINY)
-    return grad_NMd - (grad_NMd * rest_NMd).sum(-1, keepdim=True) / squared_NM * rest_NMd
+        return torch.zeros_like(grad_NGd)
+    rest_NGd = y_NGd - nearest_NGd
+    squared_NG = rest_NGd.square().sum(-1, keepdim=True).clamp_min(_TINY)
+    return grad_NGd - (grad_NGd * rest_NGd).sum(-1, keepdim=True) / squared_NG * rest_NGd

@@ -82,7 +82,7 @@ def test_the_fingerprint_depends_on_every_array_and_flag():
         dataclasses.replace(plain, books=moved),
         dataclasses.replace(plain, coarse=cells),
         dataclasses.replace(plain, residual=False),
-        dataclasses.replace(plain, kind="rvq"),
+        dataclasses.replace(plain, rotation=np.eye(6)),
         dataclasses.replace(plain, coarse=plain.coarse[:4]),
     ]
     assert len({codebook.fingerprint for codebook in [plain, *others]}) == 6

@@ -44,7 +44,7 @@ def train_tree(**changed):
         "output": "m",
         "encoder": {"kind": "mlp"},
         "loss": {"kind": "proxy"},
-        "quantizer": {"sub_vectors": 4, "bits": 4, "cells": 1},
+        "quantizer": {"kind": "pq", "sub_vectors": 4, "bits": 4, "cells": 1},
     }
     return tree | changed
 
@@ -87,7 +87,7 @@ def test_unknown_key_like_nothing_lists_what_is_known():
         ({"encoder": {"kind": "cnn", "chanels": [4]}}, "encoder.chanels", "channels"),
         ({"encoder": {"kind": "mlp", "hiden": [4]}}, "encoder.hiden", "hidden"),
         ({"loss": {"kind": "proxy", "temprature": 1}}, "loss.temprature", "temperature"),
-        ({"quantizer": {"sub_vector": 4, "bits": 4}}, "quantizer.sub_vector", "sub_vectors"),
+        ({"quantizer": {"kind": "pq", "sub_vector": 4, "bits": 4}}, "quantizer.sub_vector", "sub_vectors"),
         ({"fit": {"epoch": 4}}, "fit.epoch", "epochs"),
         ({"corpus": {"path": "c", "image": {"hight": 3}}}, "corpus.image.hight", "height"),
     ],

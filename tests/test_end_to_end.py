@@ -39,7 +39,7 @@ def world(ray_session, tmp_path_factory):
         "output": str(place / "model"),
         "encoder": {"kind": "mlp", "dim": 8, "hidden": [32]},
         "loss": {"kind": "proxy"},
-        "quantizer": {"sub_vectors": 4, "bits": 4, "cells": 8},
+        "quantizer": {"kind": "pq", "sub_vectors": 4, "bits": 4, "cells": 8},
         "fit": {"epochs": 4, "warmup_epochs": 1, "batch_size": 64},
     }
     run_train(check_config(TrainConfig, train))
@@ -169,7 +169,7 @@ def test_codebook_that_does_not_fit_the_codes_is_refused(world):
         "source": "fitted",
         "model": str(world / "model"),
         "corpus": {"path": str(world / "train.parquet"), **COLUMNS},
-        "quantizer": {"sub_vectors": 4, "bits": 4, "cells": 8},
+        "quantizer": {"kind": "pq", "sub_vectors": 4, "bits": 4, "cells": 8},
         "output": str(world / "other"),
     }
     run_codebook(check_config(CodebookConfig, other))

@@ -7,7 +7,9 @@ from pydantic import ValidationError
 from reference import snap_in_loops
 
 from gsl_dist.codebook import Codebook
-from gsl_dist.snap import SnapConfig, SnappingLayer, snap_gradient
+from gsl_dist.quantizers.product import find_codewords
+from gsl_dist.snap import SnapConfig, SnappingLayer
+from gsl_dist.snap import snap_gradient as snap_near
 
 ON_THE_LINE = ("project", "norm", "clamp", "rescale")
 VARIANTS = (*ON_THE_LINE, "blend", "add")
@@ -31,6 +33,11 @@ def make_codebook(*, dim=6, parts=2, words=8, cells=1, residual=False, seed=0):
     rng = np.random.default_rng(seed)
     coarse = rng.normal(size=(cells, dim)) * 3 if cells > 1 else np.zeros((1, dim))
     return Codebook(coarse=coarse, books=rng.normal(size=(parts, words, dim // parts)), residual=residual)
+
+
+def snap_gradient(grad, y, books, config):
+    """Snap among the codewords of product books."""
+    return snap_near(grad, y, lambda k: find_codewords(y, books, k), config)
 
 
 def make_layer(config, codebook):

@@ -34,7 +34,7 @@ from gsl_dist.data import Batch, Corpus, CorpusConfig, open_corpus, split_rows
 from gsl_dist.encoders import Encoder
 from gsl_dist.errors import ArtefactError, ConfigError, DataError, GslError, pack_error, unpack_error
 from gsl_dist.fit import embed
-from gsl_dist.quantizers import ProductConfig, make_quantizer
+from gsl_dist.quantizers import open_quantizer
 from gsl_dist.storage import FileEntry, Folder
 
 FINGERPRINT_KEY = b"gsl_codebook"
@@ -101,13 +101,7 @@ class ShardEncoder:
         self.corpus, self.codebook = open_corpus(config.corpus), load_codebook(config.codebook)
         self.device = pick_device(config.resources.gpus)
         self.encoder: Encoder | None = load_encoder(config.model)[0].to(self.device) if config.model else None
-        shape = ProductConfig(
-            sub_vectors=self.codebook.sub_vectors,
-            bits=self.codebook.bits,
-            cells=self.codebook.cells,
-            residual=self.codebook.residual,
-        )
-        self.quantizer = make_quantizer(shape, self.codebook.dim)
+        self.quantizer = open_quantizer(self.codebook)
 
     def encode_shard(self, number: int, start: int, stop: int) -> ShardNote:
         """Write the codes of source rows [start, stop), then the note that says so."""

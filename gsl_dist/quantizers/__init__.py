@@ -1,22 +1,44 @@
 """Quantizers: each trains and applies one family of codebooks."""
 
-from gsl_dist.quantizers.base import Quantizer
-from gsl_dist.quantizers.coordinate import Ask, LloydConfig, Rows, Trained, answer, coordinate, train_codebook
-from gsl_dist.quantizers.kmeans import Stats
-from gsl_dist.quantizers.product import ProductConfig, ProductQuantizer
+from typing import Annotated, Any
 
-QuantizerConfig = ProductConfig
-"""Every quantizer config; a union by `kind` when there are more."""
+from pydantic import Field
+
+from gsl_dist.codebook import Codebook
+from gsl_dist.quantizers.additive import AdditiveConfig, AdditiveQuantizer
+from gsl_dist.quantizers.base import LloydConfig, Quantizer, decode, leave_over, rotate
+from gsl_dist.quantizers.coordinate import Ask, Rows, Trained, answer, coordinate, train_codebook
+from gsl_dist.quantizers.kmeans import Stats
+from gsl_dist.quantizers.product import OptimizedConfig, OptimizedProductQuantizer, ProductConfig, ProductQuantizer
+
+QuantizerConfig = Annotated[ProductConfig | OptimizedConfig | AdditiveConfig, Field(discriminator="kind")]
 
 
 def make_quantizer(config: QuantizerConfig, dim: int) -> Quantizer:
     """Give the quantizer that a config describes, for vectors of `dim` numbers."""
-    return {"pq": ProductQuantizer}[config.kind](config, dim)
+    if isinstance(config, AdditiveConfig):
+        return AdditiveQuantizer(config, dim)
+    return (
+        OptimizedProductQuantizer(config, dim) if isinstance(config, OptimizedConfig) else ProductQuantizer(config, dim)
+    )
+
+
+def open_quantizer(codebook: Codebook) -> Quantizer:
+    """Give the quantizer that a trained codebook belongs to."""
+    shape: dict[str, Any] = {"bits": codebook.bits, "cells": codebook.cells, "residual": codebook.residual}
+    if codebook.additive:
+        config = AdditiveConfig.model_validate(shape | {"kind": codebook.kind, "books": codebook.sub_vectors})
+        return AdditiveQuantizer(config, codebook.dim)
+    return ProductQuantizer(ProductConfig(kind="pq", sub_vectors=codebook.sub_vectors, **shape), codebook.dim)
 
 
 __all__ = [
+    "AdditiveConfig",
+    "AdditiveQuantizer",
     "Ask",
     "LloydConfig",
+    "OptimizedConfig",
+    "OptimizedProductQuantizer",
     "ProductConfig",
     "ProductQuantizer",
     "Quantizer",
@@ -26,6 +48,10 @@ __all__ = [
     "Trained",
     "answer",
     "coordinate",
+    "decode",
+    "leave_over",
     "make_quantizer",
+    "open_quantizer",
+    "rotate",
     "train_codebook",
 ]

@@ -1,20 +1,36 @@
 """What every quantizer offers, so that one coordinator can train any of them over any number of workers.
 
-Training runs through named phases (coarse cells before the codewords of what they leave over). In each, workers call
-`assign` on their rows, the sum of the statistics goes to `update`, and the new codebook goes back to the workers.
+Training runs through named phases (coarse cells before the codewords of what they leave over). At the start of each,
+workers `prepare` their rows: what earlier phases have settled is taken out once. Then, again and again, they call
+`assign` on what they prepared, the sum of the statistics goes to `update`, and the new codebook goes back to them.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from pydantic import Field
 from torch import Tensor
 
 from gsl_dist.codebook import Codebook, FloatArray
-from gsl_dist.quantizers.kmeans import Stats
+from gsl_dist.config import Strict
+from gsl_dist.quantizers.kmeans import Stats, find_nearest
 
-# Shapes: N vectors, D dims, M sub-vectors, Q queries
+# Shapes: N vectors, D dims, M choices, Q queries; G blocks of d dims in which codewords are chosen, k neighbours
+
+
+class LloydConfig(Strict):
+    """How a codebook is fitted."""
+
+    iterations: int = Field(default=20, ge=1, description="Lloyd's iterations for each part of a new codebook")
+    refresh_iterations: int = Field(default=5, ge=1, description="the same, when it starts from an older codebook")
+    sample_rows: int = Field(default=262_144, ge=1, description="rows of the corpus that take part, at most")
+
+
+Plan = tuple[tuple[str, int], ...]
+"""Phases in their order, with the iterations of each."""
 
 
 class Quantizer(Protocol):
@@ -23,20 +39,22 @@ class Quantizer(Protocol):
     dim: int
 
     @property
-    def phases(self) -> tuple[str, ...]:
-        """Name the parts of a codebook in the order they are trained."""
-
-    @property
     def min_rows(self) -> int:
         """Give the fewest training rows that can fill a codebook."""
+
+    def plan(self, lloyd: LloydConfig, *, refine: bool) -> Plan:
+        """Give the phases of training a new codebook, or of refining one; never empty."""
 
     def blank(self) -> Codebook:
         """Give a codebook of the right shape, all zero."""
 
-    def seed(self, codebook: Codebook, phase: str, sample_ND: FloatArray, rng: np.random.Generator) -> Codebook:
-        """Give the codebook with starting values for one phase, chosen from a sample."""
+    def prepare(self, x_ND: Tensor, codebook: Codebook, phase: str) -> Any:
+        """Give what `assign` and `seed` look at in a phase; it stays the same while the phase lasts."""
 
-    def assign(self, x_ND: Tensor, codebook: Codebook, phase: str) -> Stats:
+    def seed(self, codebook: Codebook, phase: str, sample: Any, rng: np.random.Generator) -> Codebook:
+        """Give the codebook with starting values for one phase, chosen from a prepared sample."""
+
+    def assign(self, prepared: Any, codebook: Codebook, phase: str) -> Stats:
         """Measure what `update` needs of these rows."""
 
     def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
@@ -45,8 +63,58 @@ class Quantizer(Protocol):
     def encode(self, x_ND: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
         """Give each vector its cell and its code, (N,) int64 and (N, M) uint8."""
 
-    def decode(self, cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
-        """Give the vectors that codes stand for, (N, D) float32."""
+    def neighbours(self, rest_ND: Tensor, codebook: Codebook, k: int) -> Tensor:
+        """Give what the k codes nearest to each row stand for, in blocks, nearest first.
+
+        Shapes: rest_ND (N, D), as `leave_over` gives it -> (N, G, k, d); fewer than k where there are no more.
+        """
 
     def measure_distances(self, queries_QD: Tensor, cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
         """Give the squared distance of each query to each decoded item by look-up tables, (Q, N) float32."""
+
+
+def find_cells(z_ND: Tensor, codebook: Codebook) -> Tensor:
+    """Give each rotated vector its nearest cell.
+
+    Shapes: z_ND (N, D) -> (N,) int64.
+    """
+    if codebook.cells == 1:
+        return torch.zeros(len(z_ND), dtype=torch.int64, device=z_ND.device)
+    return find_nearest(z_ND[None], as_tensor(codebook.coarse, z_ND)[None])[0][0]
+
+
+def rotate(x_ND: Tensor, codebook: Codebook) -> Tensor:
+    """Give vectors as cells and codewords see them.
+
+    Shapes: (N, D) -> (N, D).
+    """
+    return x_ND if codebook.rotation is None else x_ND @ as_tensor(codebook.rotation, x_ND).T
+
+
+def leave_over(x_ND: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+    """Give each vector's cell, and what the codewords stand for: the rotated vector, or what its cell leaves of it.
+
+    Shapes: x_ND (N, D) -> cells (N,) int64, rest (N, D).
+    """
+    z_ND = rotate(x_ND, codebook)
+    cells_N = find_cells(z_ND, codebook)
+    return cells_N, z_ND - as_tensor(codebook.coarse, z_ND)[cells_N] if codebook.residual else z_ND
+
+
+def decode(cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
+    """Give the vectors that codes stand for.
+
+    Shapes: cells_N (N,), codes_NM (N, M) -> (N, D) float32.
+    """
+    books_MKd = torch.tensor(codebook.books, device=codes_NM.device)
+    chosen_NMd = books_MKd[torch.arange(codebook.sub_vectors, device=codes_NM.device), codes_NM.long()]
+    decoded_ND = chosen_NMd.sum(1) if codebook.additive else chosen_NMd.flatten(1)
+    if codebook.residual:
+        decoded_ND = decoded_ND + as_tensor(codebook.coarse, decoded_ND)[cells_N]
+    return decoded_ND if codebook.rotation is None else decoded_ND @ as_tensor(codebook.rotation, decoded_ND)
+
+
+def as_tensor(array: FloatArray, like: Tensor) -> Tensor:
+    """Give an array of a codebook where, and with the numbers, another tensor has."""
+    # A codebook's arrays are read-only, which torch cannot share; they are small, so they are copied.
+    return torch.tensor(array, dtype=like.dtype, device=like.device)

@@ -13,27 +13,18 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+import torch
 from torch import Tensor
 
 from gsl_dist.codebook import Codebook, FloatArray
-from gsl_dist.config import Strict
 from gsl_dist.errors import DataError
-from gsl_dist.quantizers.base import Quantizer
+from gsl_dist.quantizers.base import LloydConfig, Quantizer
 
 _SEEDS_PER_CENTROID, _MIN_SEEDS = 32, 4096
-
-
-class LloydConfig(Strict):
-    """How a codebook is fitted."""
-
-    iterations: int = Field(default=20, ge=1, description="Lloyd's iterations for each part of a new codebook")
-    refresh_iterations: int = Field(default=5, ge=1, description="the same, when it starts from an older codebook")
-    sample_rows: int = Field(default=262_144, ge=1, description="rows of the corpus that take part, at most")
 
 
 @dataclass(frozen=True)
@@ -59,13 +50,18 @@ class Trained:
     relative_error: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
-    """The rows that one worker answers for: `x_ND` is `[start, start + N)` of `total` rows."""
+    """The rows that one worker answers for: `x_ND` is `[start, start + N)` of `total` rows.
+
+    Args:
+        prepared: what the quantizer made of them for the phase that is being trained, and that phase.
+    """
 
     x_ND: Tensor
     start: int
     total: int
+    prepared: tuple[str, Any] | None = None
 
 
 Coordination = Generator[Ask, list[Any], Trained]
@@ -81,21 +77,40 @@ def coordinate(quantizer: Quantizer, lloyd: LloydConfig, *, seed: int, start: Co
     rng = np.random.default_rng(seed)
     moments = yield Ask("moments", codebook, "")
     variance = _measure_variance(moments, quantizer.min_rows)
-    for phase in quantizer.phases:
+    phase = ""
+    for phase, iterations in quantizer.plan(lloyd, refine=start is not None):
         if start is None:
-            samples = yield Ask("sample", codebook, phase)
-            codebook = quantizer.seed(codebook, phase, np.concatenate(samples), rng)
-        for _ in range(lloyd.iterations if start is None else lloyd.refresh_iterations):
+            samples = torch.from_numpy(np.concatenate((yield Ask("sample", codebook, phase))))
+            codebook = quantizer.seed(codebook, phase, quantizer.prepare(samples, codebook, phase), rng)
+        for iteration in range(iterations):
             answers = yield Ask("stats", codebook, phase)
             codebook = quantizer.update(codebook, phase, functools.reduce(operator.add, answers))
-    answers = yield Ask("stats", codebook, "books")
+            if phase == "anneal":
+                codebook = shake_books(codebook, 1 - (iteration + 1) / iterations, rng)
+    answers = yield Ask("stats", codebook, phase)
     return Trained(codebook, functools.reduce(operator.add, answers).mean_error / variance)
+
+
+def shake_books(codebook: Codebook, left: float, rng: np.random.Generator) -> Codebook:
+    """Move codewords at random, by less and less as the iterations that are `left` go from 1 to 0.
+
+    With M books that add up to rows of a deviation s, codewords deviate by s / sqrt(M); noise of s / M is theirs over
+    sqrt(M) again.
+
+    Source: Martinez et al., LSQ++, ECCV 2018 (SR-D); the scale from the codewords themselves is ours.
+    """
+    deviation_D = codebook.books.std(axis=(0, 1)) * np.sqrt(left / codebook.sub_vectors)
+    noise = rng.standard_normal(codebook.books.shape, dtype=np.float32) * deviation_D
+    return replace(codebook, books=codebook.books + noise)
 
 
 def answer(ask: Ask, rows: Rows, quantizer: Quantizer) -> Any:
     """Answer the coordinator for the rows of one worker."""
     if ask.what == "stats":
-        return quantizer.assign(rows.x_ND, ask.codebook, ask.phase)
+        if rows.prepared is None or rows.prepared[0] != ask.phase:
+            rows.prepared = (ask.phase, quantizer.prepare(rows.x_ND, ask.codebook, ask.phase))
+        return quantizer.assign(rows.prepared[1], ask.codebook, ask.phase)
+    rows.prepared = None
     if ask.what == "sample":
         return _take_sample(rows, quantizer.min_rows)
     x_ND = rows.x_ND.double()

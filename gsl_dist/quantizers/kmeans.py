@@ -62,14 +62,23 @@ def find_nearest(x_GNd: Tensor, centroids_GKd: Tensor) -> tuple[Tensor, Tensor]:
 
 def measure_stats(x_GNd: Tensor, centroids_GKd: Tensor) -> Stats:
     """Assign rows and sum up what an update needs, in float64 so that the order of adding does not show."""
-    groups, words, dims = centroids_GKd.shape
     labels_GN, distances_GN = find_nearest(x_GNd, centroids_GKd)
+    return sum_by_label(x_GNd, labels_GN, distances_GN, centroids_GKd.shape[1])
+
+
+def sum_by_label(x_GNd: Tensor, labels_GN: Tensor, distances_GN: Tensor, words: int) -> Stats:
+    """Sum up rows by the centroid that they were given.
+
+    Shapes: x_GNd (G, N, d); labels (G, N) int64 below `words`; squared distances (G, N).
+    """
+    groups, rows, dims = x_GNd.shape
     counts_GK = torch.zeros(groups, words, dtype=torch.float64, device=x_GNd.device)
     sums_GKd = torch.zeros(groups, words, dims, dtype=torch.float64, device=x_GNd.device)
     counts_GK.scatter_add_(1, labels_GN, torch.ones_like(labels_GN, dtype=torch.float64))
-    sums_GKd.scatter_add_(1, labels_GN[..., None].expand_as(x_GNd), x_GNd.double())
+    for group, labels_N in enumerate(labels_GN):
+        sums_GKd[group].index_add_(0, labels_N, x_GNd[group].double())
     error = float(distances_GN.sum(dtype=torch.float64))
-    return Stats(counts_GK.cpu().numpy(), sums_GKd.cpu().numpy(), error, x_GNd.shape[1])
+    return Stats(counts_GK.cpu().numpy(), sums_GKd.cpu().numpy(), error, rows)
 
 
 def update_centroids(centroids_GKd: FloatArray, stats: Stats) -> FloatArray:

@@ -1,12 +1,14 @@
 """Product quantization with coarse cells: the quantizer of IVF-PQ, trained by statistics that add.
 
 A vector goes to its nearest cell; the code describes the vector, or with `residual` what the cell's centroid leaves
-over, by one of K codewords in each of M sub-vectors.
+over, by one of K codewords in each of M sub-vectors. The optimized one (`opq`) turns vectors first, so that the
+sub-vectors carry alike much and depend little on one another.
 
-Source: Jegou, Douze, Schmid, Product Quantization for Nearest Neighbor Search, TPAMI 2011.
+Source: Jegou, Douze, Schmid, Product Quantization for Nearest Neighbor Search, TPAMI 2011; Ge, He, Ke, Sun, Optimized
+Product Quantization, TPAMI 2014 (its non-parametric solution, begun from the parametric one).
 """
 
-# Shapes: N vectors, D dims, C cells, M sub-vectors, K codewords, d = D // M, Q queries
+# Shapes: N vectors, D dims, C cells, M sub-vectors, K codewords, d = D // M, Q queries, k neighbours
 
 from __future__ import annotations
 
@@ -21,7 +23,15 @@ from torch import Tensor
 from gsl_dist.codebook import Codebook, FloatArray
 from gsl_dist.config import Strict
 from gsl_dist.errors import ConfigError
-from gsl_dist.quantizers.kmeans import Stats, find_nearest, measure_stats, seed_centroids, update_centroids
+from gsl_dist.quantizers.base import LloydConfig, Plan, as_tensor, leave_over, rotate
+from gsl_dist.quantizers.kmeans import (
+    Stats,
+    find_nearest,
+    measure_stats,
+    seed_centroids,
+    sum_by_label,
+    update_centroids,
+)
 
 
 class ProductConfig(Strict):
@@ -32,6 +42,18 @@ class ProductConfig(Strict):
     bits: int = Field(default=8, ge=1, le=8, description="log2 K, bits for each part")
     cells: int = Field(default=1, ge=1, description="C, lists of the coarse partition")
     residual: bool = Field(default=True, description="code what the cell's centroid leaves over")
+
+
+class OptimizedConfig(ProductConfig):
+    """A product quantizer behind a learned rotation."""
+
+    kind: Literal["opq"] = "opq"  # type: ignore[assignment]
+    start: Literal["axes", "identity"] = Field(
+        default="axes", description="share out principal axes, or begin with dimensions as they are (raw descriptors)"
+    )
+    rotation_iterations: int = Field(
+        default=40, ge=1, description="turns of rotation and codewords, for a new codebook"
+    )
 
 
 class ProductQuantizer:
@@ -53,10 +75,10 @@ class ProductQuantizer:
             )
         self.config, self.dim = config, dim
 
-    @property
-    def phases(self) -> tuple[str, ...]:
-        """Name the parts of a codebook in the order they are trained."""
-        return ("cells", "books") if self.config.cells > 1 else ("books",)
+    def plan(self, lloyd: LloydConfig, *, refine: bool) -> Plan:
+        """Give the phases of training: the cells if there are several, then the codewords."""
+        iterations = lloyd.refresh_iterations if refine else lloyd.iterations
+        return (*self._plan_cells(iterations), ("books", iterations))
 
     @property
     def min_rows(self) -> int:
@@ -72,22 +94,22 @@ class ProductQuantizer:
             residual=config.residual and config.cells > 1,
         )
 
-    def seed(self, codebook: Codebook, phase: str, sample_ND: FloatArray, rng: np.random.Generator) -> Codebook:
-        """Give the codebook with starting values for one phase, chosen from a sample.
-
-        Raises:
-            DataError: the sample has fewer rows than the codebook has centroids.
-        """
+    def prepare(self, x_ND: Tensor, codebook: Codebook, phase: str) -> Tensor:
+        """Give rotated rows (1, N, D) to train cells on, or sub-vectors (M, N, d) of what the cells leave over."""
         if phase == "cells":
-            return replace(codebook, coarse=seed_centroids(sample_ND[None], codebook.cells, rng)[0])
-        rests = self._view(torch.tensor(sample_ND), codebook).numpy()
-        return replace(codebook, books=seed_centroids(rests, codebook.codewords, rng))
+            return rotate(x_ND, codebook)[None]
+        return self._cut(leave_over(x_ND, codebook)[1])
 
-    def assign(self, x_ND: Tensor, codebook: Codebook, phase: str) -> Stats:
+    def seed(self, codebook: Codebook, phase: str, sample: Tensor, rng: np.random.Generator) -> Codebook:
+        """Give the codebook with starting values for one phase, chosen from a prepared sample."""
+        if phase == "cells":
+            return replace(codebook, coarse=seed_centroids(sample.numpy(), codebook.cells, rng)[0])
+        return replace(codebook, books=seed_centroids(sample.numpy(), codebook.codewords, rng))
+
+    def assign(self, prepared: Tensor, codebook: Codebook, phase: str) -> Stats:
         """Measure what `update` needs of these rows."""
-        if phase == "cells":
-            return measure_stats(x_ND[None], _tensor(codebook.coarse, x_ND)[None])
-        return measure_stats(self._view(x_ND, codebook), _tensor(codebook.books, x_ND))
+        centroids = codebook.coarse[None] if phase == "cells" else codebook.books
+        return measure_stats(prepared, as_tensor(centroids, prepared))
 
     def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
         """Give the codebook that the statistics of all rows call for."""
@@ -102,19 +124,16 @@ class ProductQuantizer:
 
         Shapes: x_ND (N, D) float32 -> cells (N,) int64, codes (N, M) uint8.
         """
-        cells_N = find_cells(x_ND, codebook)
-        codes_MN, _ = find_nearest(self._view(x_ND, codebook, cells_N), _tensor(codebook.books, x_ND))
+        cells_N, rest_ND = leave_over(x_ND, codebook)
+        codes_MN, _ = find_nearest(self._cut(rest_ND), as_tensor(codebook.books, x_ND))
         return cells_N, codes_MN.T.to(torch.uint8)
 
-    def decode(self, cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
-        """Give the vectors that codes stand for.
+    def neighbours(self, rest_ND: Tensor, codebook: Codebook, k: int) -> Tensor:
+        """Give the k codewords nearest to every sub-vector, nearest first.
 
-        Shapes: cells_N (N,), codes_NM (N, M) -> (N, D) float32.
+        Shapes: rest_ND (N, D) -> (N, M, k, d).
         """
-        books_MKd = torch.tensor(codebook.books, device=codes_NM.device)
-        parts = torch.arange(codebook.sub_vectors, device=codes_NM.device)
-        decoded_ND = books_MKd[parts, codes_NM.long()].flatten(1)
-        return decoded_ND + _tensor(codebook.coarse, decoded_ND)[cells_N] if codebook.residual else decoded_ND
+        return find_codewords(self._cut(rest_ND).transpose(0, 1), as_tensor(codebook.books, rest_ND), k)
 
     def measure_distances(self, queries_QD: Tensor, cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
         """Give the squared distance of each query to each decoded item, a look-up for every sub-vector.
@@ -125,8 +144,9 @@ class ProductQuantizer:
 
         Shapes: queries_QD (Q, D), cells_N (N,), codes_NM (N, M) -> (Q, N) float32.
         """
-        books_MKd = _tensor(codebook.books, queries_QD)
-        anchors_CD = _tensor(codebook.coarse, queries_QD) * float(codebook.residual)
+        queries_QD = rotate(queries_QD, codebook)
+        books_MKd = as_tensor(codebook.books, queries_QD)
+        anchors_CD = as_tensor(codebook.coarse, queries_QD) * float(codebook.residual)
         split_QMd = queries_QD.unflatten(1, books_MKd.shape[::2])
         dots_QMK = torch.einsum("qmd,mkd->qmk", split_QMd, books_MKd)
         cross_CMK = torch.einsum("cmd,mkd->cmk", anchors_CD.unflatten(1, books_MKd.shape[::2]), books_MKd)
@@ -136,24 +156,112 @@ class ProductQuantizer:
             distances_QN += constant_CMK[cells_N, part, code_N] - 2 * dots_QMK[:, part, code_N]
         return distances_QN
 
-    def _view(self, x_ND: Tensor, codebook: Codebook, cells_N: Tensor | None = None) -> Tensor:
-        """Cut rows, or what the cells leave over of them, into sub-vectors: (N, D) -> (M, N, d)."""
-        if codebook.residual:
-            cells_N = find_cells(x_ND, codebook) if cells_N is None else cells_N
-            x_ND = x_ND - _tensor(codebook.coarse, x_ND)[cells_N]
-        return x_ND.unflatten(1, (self.config.sub_vectors, -1)).transpose(0, 1)
+    def _plan_cells(self, iterations: int) -> Plan:
+        return (("cells", iterations),) if self.config.cells > 1 else ()
+
+    def _cut(self, rest_ND: Tensor) -> Tensor:
+        return rest_ND.unflatten(1, (self.config.sub_vectors, -1)).transpose(0, 1)
 
 
-def find_cells(x_ND: Tensor, codebook: Codebook) -> Tensor:
-    """Give each vector its nearest cell.
+class OptimizedProductQuantizer(ProductQuantizer):
+    """Learns a rotation with the codewords.
 
-    Shapes: x_ND (N, D) -> (N,) int64.
+    Cells come first, on vectors as they are. Then the rotation of what they leave over is begun by sharing out the
+    principal axes (`balance`), and rotation and codewords take turns (`rotation`); the cells turn with it. The books
+    then get their Lloyd's iterations in the final rotation.
     """
-    if codebook.cells == 1:
-        return torch.zeros(len(x_ND), dtype=torch.int64, device=x_ND.device)
-    return find_nearest(x_ND[None], _tensor(codebook.coarse, x_ND)[None])[0][0]
+
+    config: OptimizedConfig
+
+    def plan(self, lloyd: LloydConfig, *, refine: bool) -> Plan:
+        """Give the phases of training; a refined codebook keeps its rotation as the start."""
+        iterations = lloyd.refresh_iterations if refine else lloyd.iterations
+        turns = (
+            (("rotation", iterations),) if refine else (("balance", 1), ("rotation", self.config.rotation_iterations))
+        )
+        return (*self._plan_cells(iterations), *turns, ("books", iterations))
+
+    def blank(self) -> Codebook:
+        """Give a codebook of the right shape, all zero, that turns nothing."""
+        return replace(super().blank(), rotation=np.eye(self.dim, dtype=np.float32))
+
+    def prepare(self, x_ND: Tensor, codebook: Codebook, phase: str) -> Tensor:
+        """Give what the cells leave over, turned back (N, D), to learn the rotation on; else as product codes do."""
+        if phase not in ("balance", "rotation"):
+            return super().prepare(x_ND, codebook, phase)
+        return leave_over(x_ND, codebook)[1] @ as_tensor(_rotation(codebook), x_ND)
+
+    def seed(self, codebook: Codebook, phase: str, sample: Tensor, rng: np.random.Generator) -> Codebook:
+        """Give the codebook with starting values; `books` goes on with the codewords of the `rotation` phase."""
+        if phase == "cells":
+            return super().seed(codebook, phase, sample, rng)
+        if phase == "rotation":
+            return super().seed(codebook, phase, self._cut(rotate(sample, codebook)), rng)
+        return codebook
+
+    def assign(self, prepared: Tensor, codebook: Codebook, phase: str) -> Stats:
+        """Measure what `update` needs of these rows.
+
+        To turn vectors that is their second moments, or the sum over their whole length for every codeword.
+        """
+        if phase == "balance":
+            moments_DD = (prepared.T.double() @ prepared.double())[None]
+            return Stats(np.ones((1, 1)), moments_DD.cpu().numpy(), 0.0, len(prepared))
+        if phase != "rotation":
+            return super().assign(prepared, codebook, phase)
+        cut_MNd, books_MKd = self._cut(rotate(prepared, codebook)), as_tensor(codebook.books, prepared)
+        labels_MN, distances_MN = find_nearest(cut_MNd, books_MKd)
+        return sum_by_label(prepared.expand(len(labels_MN), -1, -1), labels_MN, distances_MN, codebook.codewords)
+
+    def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
+        """Give the codebook that the statistics of all rows call for."""
+        if phase == "balance":
+            return _turn(codebook, _share_axes(stats.sums_GKd[0] / stats.rows, codebook.sub_vectors))
+        if phase != "rotation":
+            return super().update(codebook, phase, stats)
+        turned_MKD = stats.sums_GKd @ _rotation(codebook).T.astype(np.float64)
+        width = self.dim // codebook.sub_vectors
+        own = np.stack([turned_KD[:, m * width : (m + 1) * width] for m, turned_KD in enumerate(turned_MKD)])
+        books = update_centroids(codebook.books, replace(stats, sums_GKd=own))
+        # Orthogonal Procrustes: the rotation that brings the rows nearest to their new codewords.
+        cross_DD = np.concatenate(
+            [np.einsum("ke,kd->de", sums, words) for sums, words in zip(stats.sums_GKd, books, strict=True)]
+        )
+        left, _, right = np.linalg.svd(cross_DD)
+        return _turn(replace(codebook, books=books), left @ right)
 
 
-def _tensor(array: FloatArray, like: Tensor) -> Tensor:
-    # A codebook's arrays are read-only, which torch cannot share; they are small, so they are copied.
-    return torch.tensor(array, dtype=like.dtype, device=like.device)
+def find_codewords(y_NMd: Tensor, books_MKd: Tensor, k: int) -> Tensor:
+    """Give the k nearest codewords of every sub-vector, nearest first; all of them where there are fewer.
+
+    Shapes: y_NMd (N, M, d), books_MKd (M, K, d) -> (N, M, k, d).
+    """
+    norms_MK = books_MKd.square().sum(-1)
+    distances_MNK = torch.baddbmm(norms_MK[:, None], y_NMd.transpose(0, 1), books_MKd.transpose(1, 2), alpha=-2)
+    near_MNk = distances_MNK.topk(min(k, books_MKd.shape[1]), dim=-1, largest=False).indices
+    parts = torch.arange(len(books_MKd), device=near_MNk.device)[:, None, None]
+    return books_MKd[parts, near_MNk].transpose(0, 1)
+
+
+def _rotation(codebook: Codebook) -> FloatArray:
+    assert codebook.rotation is not None
+    return codebook.rotation
+
+
+def _turn(codebook: Codebook, rotation_DD: np.ndarray) -> Codebook:
+    """Give the codebook with another rotation; the cells stay where they were among the vectors."""
+    coarse = codebook.coarse @ _rotation(codebook) @ rotation_DD.T
+    return replace(codebook, coarse=coarse, rotation=rotation_DD)
+
+
+def _share_axes(moments_DD: np.ndarray, parts: int) -> np.ndarray:
+    """Deal the principal axes to the sub-vectors, largest first, each to the one whose variances multiply to least."""
+    values, axes = np.linalg.eigh(moments_DD)
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    weight, width = np.zeros(parts), len(values) // parts
+    for axis in np.argsort(-values):
+        open_parts = [part for part in range(parts) if len(dealt[part]) < width]
+        part = min(open_parts, key=lambda part: (weight[part], part))
+        dealt[part].append(int(axis))
+        weight[part] += np.log(max(values[axis], 1e-12 * values[-1], 1e-300))
+    return axes.T[np.concatenate(dealt)]

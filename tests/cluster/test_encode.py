@@ -1,12 +1,14 @@
+import itertools
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpora import write_images, write_vectors
 
 from gsl_dist.cluster.codebook import CodebookConfig, load_codebook, run_codebook
-from gsl_dist.cluster.encode import EncodeConfig, read_ahead, read_codes, run_encode
+from gsl_dist.cluster.encode import EncodeConfig, group_tables, read_ahead, read_codes, run_encode
 from gsl_dist.config import check_config
 from gsl_dist.errors import ConfigError, DataError
 from gsl_dist.storage import Folder
@@ -20,7 +22,7 @@ def world(tmp_path):
     """A corpus of vectors and a codebook fitted to it."""
     write_vectors(tmp_path / "corpus.parquet", rows=ROWS)
     corpus = {"path": str(tmp_path / "corpus.parquet"), "id_column": "id", "vector_column": "vector"}
-    shape = {"sub_vectors": 4, "bits": 4, "cells": 4}
+    shape = {"kind": "pq", "sub_vectors": 4, "bits": 4, "cells": 4}
     fitted = {"source": "fitted", "corpus": corpus, "quantizer": shape, "output": str(tmp_path / "codebook")}
     run_codebook(check_config(CodebookConfig, fitted))
     return tmp_path
@@ -103,7 +105,7 @@ def test_unreadable_images_are_counted_and_listed(ray_session, tmp_path):
         "output": str(tmp_path / "model"),
         "encoder": {"kind": "cnn", "dim": 8, "channels": [8]},
         "loss": {"kind": "proxy"},
-        "quantizer": {"sub_vectors": 2, "bits": 2},
+        "quantizer": {"kind": "pq", "sub_vectors": 2, "bits": 2},
         "fit": {"epochs": 2, "warmup_epochs": 1, "batch_size": 16},
     }
     run_train(check_config(TrainConfig, tree))
@@ -144,3 +146,25 @@ def test_reading_ahead_keeps_order_and_raises_what_the_source_raises():
             taken.append(batch)
     assert taken == list(range(5))
     assert list(read_ahead(iter(range(20)))) == list(range(20))
+
+
+@pytest.mark.parametrize("sizes", [[], [3], [4, 4], [4, 4, 1], [1, 2, 3, 4, 5, 6], [20, 1]])
+def test_groups_are_large_and_keep_rows_and_order(sizes, monkeypatch):
+    monkeypatch.setattr("gsl_dist.cluster.encode._GROUP_ROWS", 8)
+    bounds = np.cumsum([0, *sizes])
+    schema = pa.schema([("id", pa.int64())], metadata={"a": "b"})
+    tables = [pa.table({"id": np.arange(a, b)}, schema=schema) for a, b in itertools.pairwise(bounds)]
+    groups = list(group_tables(iter(tables), schema))
+    assert pa.concat_tables(groups)["id"].to_pylist() == list(range(sum(sizes)))
+    assert all(len(group) >= 8 for group in groups[:-1])
+    assert len(groups[-1]) > 0 or len(groups) == 1
+    assert groups[0].schema.metadata == schema.metadata
+
+
+def test_rows_that_wait_for_their_group_share_one_buffer():
+    arrays = [np.arange(1000) for _ in range(10)]
+    schema = pa.schema([("id", pa.int64())])
+    (group,) = group_tables((pa.table({"id": array}, schema=schema) for array in arrays), schema)
+    places = [chunk.buffers()[1].address for chunk in group["id"].chunks]
+    assert max(places) - min(places) < 2 * sum(array.nbytes for array in arrays)
+    assert not any(place == array.ctypes.data for place, array in zip(places, arrays, strict=True))

@@ -22,7 +22,7 @@ def settings(tmp_path, name="model", **changes):
         "output": str(tmp_path / name),
         "encoder": {"kind": "mlp", "dim": 8, "hidden": [32]},
         "loss": {"kind": "proxy"},
-        "quantizer": {"sub_vectors": 2, "bits": 3, "cells": 4},
+        "quantizer": {"kind": "pq", "sub_vectors": 2, "bits": 3, "cells": 4},
         "fit": {"epochs": 4, "warmup_epochs": 1, "batch_size": 64},
     }
     for key, value in changes.items():
@@ -91,7 +91,7 @@ def test_finished_work_is_not_done_again_nor_overwritten(ray_session, tmp_path):
     [
         ({"corpus": {"label_column": None}}, "label_column"),
         ({"corpus": {"label_column": "nolabel"}}, "nolabel"),
-        ({"quantizer": {"sub_vectors": 3}}, "quantizer.sub_vectors"),
+        ({"quantizer": {"kind": "pq", "sub_vectors": 3}}, "quantizer.sub_vectors"),
         ({"encoder": {"kind": "cnn", "hidden": None}}, "encoder"),
         ({"fit": {"batch_size": 1000}}, "fit.batch_size"),
         ({"fit": {"batch_size": 65}, "resources": {"workers": 2}}, "fit.batch_size"),

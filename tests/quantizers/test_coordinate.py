@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from gsl_dist.errors import DataError
-from gsl_dist.quantizers import LloydConfig, ProductConfig, Rows, answer, coordinate, make_quantizer, train_codebook
+from gsl_dist.quantizers import (
+    LloydConfig,
+    ProductConfig,
+    Rows,
+    answer,
+    coordinate,
+    decode,
+    make_quantizer,
+    train_codebook,
+)
 
 SHAPES = [(1, False), (6, True), (6, False)]
 every_shape = pytest.mark.parametrize(("cells", "residual"), SHAPES, ids=["flat", "residual", "cells"])
@@ -73,7 +82,7 @@ def test_a_seed_decides_the_codebook_to_the_last_bit():
 def test_the_error_is_that_of_the_decoded_rows_over_their_variance():
     x, quantizer = make_rows(), make_pq(6, residual=True)
     trained = train_codebook(x, quantizer, LLOYD)
-    decoded = quantizer.decode(*quantizer.encode(x, trained.codebook), trained.codebook)
+    decoded = decode(*quantizer.encode(x, trained.codebook), trained.codebook)
     wanted = (x - decoded).square().sum() / (x - x.mean(0)).square().sum()
     assert trained.relative_error == pytest.approx(float(wanted), rel=1e-4)
 
@@ -92,7 +101,9 @@ def test_a_warm_start_follows_rows_that_moved():
     quantizer = make_pq(6, residual=True)
     start = train_codebook(make_rows(), quantizer, LLOYD).codebook
     moved = make_rows() + 3
-    stale = quantizer.assign(moved, start, "books").mean_error / float((moved - moved.mean(0)).square().sum(1).mean())
+    stale = quantizer.assign(quantizer.prepare(moved, start, "books"), start, "books").mean_error / float(
+        (moved - moved.mean(0)).square().sum(1).mean()
+    )
     assert train_codebook(moved, quantizer, LLOYD, start=start).relative_error < 0.5 * stale
 
 
