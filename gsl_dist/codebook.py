@@ -3,8 +3,8 @@
 A vector x is turned by the rotation R, if there is one: z = R x. It belongs to the cell c of the coarse partition whose
 centroid is nearest to z. Its code stands for z itself, or for the residual z - coarse[c], as M choices among K
 codewords each. In a product codebook (`pq`) choice m stands for the m-th of M equal parts of the vector; in an additive
-one (`rq`, `lsq`) the vector is the sum of the M codewords. The fingerprint hashes every array and flag; codes, shards and manifests carry
-it, so that a code is never read with another codebook than the one that wrote it.
+one (`rq`, `lsq`) the vector is the sum of the M codewords. The fingerprint hashes every array and flag; codes, shards
+and manifests carry it, so that a code is never read with another codebook than the one that wrote it.
 
 This module knows nothing of how a codebook is trained.
 """
