@@ -2,7 +2,8 @@
 
 Warm-up epochs follow the similarity loss alone. Then, before every snapping epoch (or every few), the codebook is
 refitted to what the network gives now, and while the network moves on, the snapping layer bends its gradient toward
-the codewords. The codebook of the last epoch is the one that the network landed on; it is not touched afterwards.
+the codewords. After the last epoch the codebook settles: it is refined once more, on what the network gives now and
+will give from then on. That is the codebook that the network landed on.
 
 `fit` takes an iterable of batches an epoch and two callables; it knows neither files, nor Ray, nor how many workers
 there are. In a process group every worker sees its rows of each batch, the loss sees all of them, and gradients are
@@ -164,6 +165,7 @@ def fit(
     while training.epoch < config.epochs:
         snapping_epoch = training.epoch - config.warmup_epochs
         error = None
+        training.snapping.workers = dist.get_world_size() if _is_group() else 1
         if snapping_epoch >= 0 and snapping_epoch % config.refresh_epochs == 0:
             trained = refresh(training)
             training.codebook, error = trained.codebook, trained.relative_error
@@ -172,6 +174,8 @@ def fit(
         training.history.append(_record(training, loss, error))
         if not math.isfinite(loss):
             raise Diverged(training.epoch - 1)
+        if training.epoch == config.epochs:
+            training.codebook = refresh(training).codebook
         on_epoch(training)
 
 
@@ -226,8 +230,10 @@ def _run_epoch(training: Training, network: nn.Module, batches: Iterable[Batch])
 
 
 def _take_step(training: Training, network: nn.Module, items: Tensor, labels_N: Tensor) -> float:
-    y_ND = training.snapping(network(items.to(training.device)))
-    loss = training.loss(gather_rows(y_ND), gather_rows(labels_N.to(training.device)))
+    y_ND = network(items.to(training.device))
+    coded_ND = gather_rows(training.snapping(y_ND))
+    raw_ND = gather_rows(y_ND) if training.loss.asymmetric else None
+    loss = training.loss(coded_ND, gather_rows(labels_N.to(training.device)), raw_ND)
     training.optimizer.zero_grad()
     loss.backward()
     training.optimizer.step()

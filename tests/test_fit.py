@@ -145,7 +145,25 @@ def test_warm_up_epochs_have_no_codebook_and_no_snapping():
         return refresh(training)
 
     fit(start_training(), Epochs(), note, lambda training: seen.append(training.codebook is not None))
-    assert asked == [2, 3] and seen == [False, False, True, True]
+    assert asked == [2, 3, 4] and seen == [False, False, True, True]
+
+
+def test_the_settled_codebook_lies_nearer_to_what_the_network_gives_than_the_one_it_was_trained_with():
+    before = []
+
+    def note(training):
+        before.append(training.codebook)
+        return refresh(training)
+
+    training = start_training(epochs=6)
+    fit(training, Epochs(), note)
+    quantizer = make_quantizer(ProductConfig(kind="pq", sub_vectors=2, bits=4, cells=3), DIM)
+    rows = embed(training.encoder, make_set()[0])
+    errors = [
+        quantizer.assign(quantizer.prepare(rows, codebook, "books"), codebook, "books").error
+        for codebook in (before[-1], training.codebook)
+    ]
+    assert errors[1] < errors[0]
 
 
 def test_warm_up_equals_training_without_snapping_and_the_rest_does_not():
@@ -161,7 +179,7 @@ def test_without_warm_up_the_first_epoch_has_a_codebook():
     assert train(warmup_epochs=0, epochs=1).history[0].phase == "snap"
 
 
-def test_the_codebook_is_refreshed_as_often_as_asked_and_the_last_one_stays():
+def test_the_codebook_is_refreshed_as_often_as_asked_and_settles_after_the_last_epoch():
     asked, books = [], []
 
     def note(training):
@@ -170,8 +188,9 @@ def test_the_codebook_is_refreshed_as_often_as_asked_and_the_last_one_stays():
 
     training = start_training(epochs=6, warmup_epochs=1, refresh_epochs=2)
     fit(training, Epochs(), note, lambda training: books.append(training.codebook and training.codebook.fingerprint))
-    assert asked == [1, 3, 5]
+    assert asked == [1, 3, 5, 6]
     assert books[0] is None and books[1] == books[2] != books[3] == books[4] != books[5]
+    assert books[5] == training.codebook.fingerprint
 
 
 def test_history_records_every_epoch():

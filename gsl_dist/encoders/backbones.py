@@ -31,6 +31,12 @@ class MlpConfig(Strict):
     kind: Literal["mlp"]
     dim: int = Field(default=64, ge=1)
     hidden: tuple[int, ...] = (256,)
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of inputs and hidden units left out in a step; drawn by each worker for its rows",
+    )
     normalize: bool = True
 
 
@@ -116,9 +122,10 @@ def _prepare(items: Tensor) -> Tensor:
 
 
 def _make_mlp(width: int, config: MlpConfig) -> nn.Module:
-    layers: list[nn.Module] = [nn.Flatten()]
+    drop = [nn.Dropout(config.dropout)] if config.dropout else []
+    layers: list[nn.Module] = [nn.Flatten(), *drop]
     for before, after in pairwise((width, *config.hidden)):
-        layers += [nn.Linear(before, after), nn.ReLU()]
+        layers += [nn.Linear(before, after), nn.ReLU(), *drop]
     return nn.Sequential(*layers, nn.Linear((width, *config.hidden)[-1], config.dim))
 
 

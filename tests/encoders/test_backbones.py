@@ -141,3 +141,13 @@ def test_module_of_another_width_or_with_wrong_arguments_is_refused():
         make_encoder(config(arguments={"inputs": 6}), (6,))
     with pytest.raises(ConfigError, match="items of shape"):
         make_encoder(config(), (7,))
+
+
+def test_dropout_leaves_units_out_in_training_alone():
+    encoder, items = start_encoder(MLP | {"dropout": 0.5}, (10,)), make_items((10,))
+    one, two = encoder(items), encoder(items)
+    assert not torch.equal(one, two)
+    encoder.eval()
+    assert torch.equal(encoder(items), encoder(items))
+    plain = start_encoder(MLP, (10,)).eval()
+    assert torch.equal(plain(items), encoder(items))

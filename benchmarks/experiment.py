@@ -1,0 +1,220 @@
+"""One harness for every experiment on learned codes: a YAML names data, network, loss, quantizers, bits, arms, seeds.
+
+All arms of an experiment share data, network, loss, steps and seeds; an arm says how network and codebook are coupled.
+What an arm may `tune` is chosen by training on four fifths of the training rows and scoring on the last fifth, once per
+number of bits, never by looking at queries or database. A finished run is one line of `results/<experiment>.jsonl`,
+keyed by everything that decides it: an interrupted experiment goes on where it stopped, and a changed setting runs
+again. The loop is the library's own `fit`, in one process, without Ray.
+
+python benchmarks/experiment.py benchmarks/experiments/fashion.yaml [--arm NAME ...] [--bits N ...] [--seeds N] [--show]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from prepare import Split, open_split
+from pydantic import Field
+from record import RESULTS
+from scoring import score_labels, score_neighbours
+
+from gsl_dist.config import Strict, check_config, fingerprint_config
+from gsl_dist.demo import read_commit
+from gsl_dist.encoders import EncoderConfig, make_encoder
+from gsl_dist.fit import FitConfig, Training, embed, fit
+from gsl_dist.losses import LossConfig, make_loss
+from gsl_dist.quantizers import LloydConfig, QuantizerConfig, make_quantizer, train_codebook
+from gsl_dist.sampling import plan_epoch
+from gsl_dist.snap import SnapConfig, SnappingLayer
+
+TUNING_SEED = 1000
+BITS_A_BOOK = 8
+
+
+class Arm(Strict):
+    """How network and codebook are coupled; dotted keys of `tune` are laid over the arm."""
+
+    quantizer: str = "pq"
+    snap: SnapConfig = SnapConfig()
+    loss: LossConfig | None = None
+    codes: Literal["trained", "refitted", "classifier"] = Field(
+        default="trained", description="the codebook landed on, one fitted after training, or the predicted class"
+    )
+    tune: dict[str, list[float]] = {}
+
+
+class Experiment(Strict):
+    """A table of runs: every arm at every number of bits with every seed."""
+
+    data: str
+    encoder: EncoderConfig
+    loss: LossConfig
+    fit: FitConfig
+    lloyd: LloydConfig = LloydConfig()
+    quantizers: dict[str, dict[str, Any]] = {"pq": {"kind": "pq"}}
+    bits: list[int]
+    seeds: int = 5
+    arms: dict[str, Arm]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the table, settled: nothing is left to tune."""
+
+    arm: str
+    bits: int
+    seed: int
+    config: Arm
+    experiment: Experiment
+
+    @property
+    def key(self) -> str:
+        """Give a hash of everything that decides the outcome."""
+        shared = self.experiment.model_dump(mode="json", exclude={"arms", "bits", "seeds", "quantizers"})
+        quantizer = self.quantizer.model_dump(mode="json")
+        return fingerprint_config(shared, quantizer, self.config.model_dump(mode="json"), self.bits, self.seed)
+
+    @property
+    def quantizer(self) -> QuantizerConfig:
+        """Give the quantizer at this number of bits."""
+        shape = dict(self.experiment.quantizers[self.config.quantizer])
+        count = "books" if shape["kind"] in ("rq", "lsq") else "sub_vectors"
+        return check_config(
+            Shaped, {"quantizer": shape | {count: self.bits // BITS_A_BOOK, "bits": BITS_A_BOOK}}
+        ).quantizer
+
+
+class Shaped(Strict):
+    """A quantizer alone, to read one by its kind."""
+
+    quantizer: QuantizerConfig
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("--arm", nargs="*", help="these arms only")
+    parser.add_argument("--bits", nargs="*", type=int, help="these bits only")
+    parser.add_argument("--seeds", type=int, help="the first so many seeds only")
+    parser.add_argument("--threads", type=int, default=1)
+    wanted = parser.parse_args()
+    torch.set_num_threads(wanted.threads)
+    experiment = check_config(Experiment, yaml.safe_load(wanted.experiment.read_text()))
+    split, log = open_split(experiment.data), Log(RESULTS / "experiments" / f"{wanted.experiment.stem}.jsonl")
+    seeds = range(wanted.seeds or experiment.seeds)
+    # Seed by seed, so that whatever is finished when it stops compares all arms on the same seeds.
+    for seed, bits, name in itertools.product(seeds, wanted.bits or experiment.bits, wanted.arm or experiment.arms):
+        arm = tune_arm(Run(name, bits, TUNING_SEED, experiment.arms[name], experiment), split, log)
+        finished = log.do(Run(name, bits, seed, arm, experiment), split)
+        print(name, bits, seed, {k: v for k, v in finished.items() if isinstance(v, float)}, flush=True)
+
+
+class Log:
+    """Finished runs, a line each; a run that is there is not done again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.done = {line["key"]: line for line in map(json.loads, lines)}
+
+    def do(self, run: Run, split: Split, *, tuning: bool = False) -> dict[str, Any]:
+        """Give what a run found, now or earlier."""
+        if run.key not in self.done:
+            started = time.perf_counter()
+            figures = carry_out(run, split)
+            line = {"key": run.key, "arm": run.arm, "bits": run.bits, "seed": run.seed, "tuning": tuning}
+            line |= {"config": run.config.model_dump(mode="json"), "commit": read_commit()}
+            line |= figures | {"seconds": time.perf_counter() - started}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+            self.done[run.key] = line
+        return self.done[run.key]
+
+
+def tune_arm(run: Run, split: Split, log: Log) -> Arm:
+    """Choose what an arm may tune, on training rows alone."""
+    if not run.config.tune:
+        return run.config
+    held = split.hold_out()
+    tried = [lay_over(run.config, values) for values in grid(run.config.tune)]
+    scores = [log.do(replace(run, config=arm), held, tuning=True)[held.figure] for arm in tried]
+    return tried[int(np.argmax(scores))]
+
+
+def grid(tune: dict[str, list[float]]) -> list[dict[str, float]]:
+    return [dict(zip(tune, values, strict=True)) for values in itertools.product(*tune.values())]
+
+
+def lay_over(arm: Arm, values: dict[str, float]) -> Arm:
+    tree = arm.model_dump(mode="json", exclude={"tune"})
+    for key, value in values.items():
+        part, _, leaf = key.partition(".")
+        tree[part][leaf] = value
+    return check_config(Arm, tree)
+
+
+def carry_out(run: Run, split: Split) -> dict[str, Any]:
+    """Train, code and score."""
+    training = train(run, split)
+    representations = [
+        embed(training.encoder, torch.from_numpy(x)) for x in (split.train, split.database, split.queries)
+    ]
+    last = training.history[-1]
+    figures = {"loss": last.loss, "fallback_rate": last.fallback_rate, "cosine": last.cosine}
+    codebook = training.codebook
+    quantizer = make_quantizer(run.quantizer, training.encoder.dim)
+    if run.config.codes == "refitted" or codebook is None:
+        codebook = train_codebook(representations[0], quantizer, LloydConfig(iterations=25), seed=run.seed).codebook
+    if run.config.codes == "classifier":
+        proxies = next(training.loss.parameters()).detach()
+        return figures | score_labels(split, *representations[1:], classes=proxies)
+    score = score_labels if split.labelled else score_neighbours
+    return figures | score(split, *representations[1:], codebook=codebook, quantizer=quantizer)
+
+
+def train(run: Run, split: Split) -> Training:
+    experiment, config = run.experiment, run.experiment.fit.model_copy(update={"seed": run.seed})
+    torch.manual_seed(run.seed)
+    encoder = make_encoder(experiment.encoder, split.train.shape[1:])
+    classes, labels = np.unique(split.train_labels, return_inverse=True)
+    loss = make_loss(run.config.loss or experiment.loss, classes=len(classes), dim=encoder.dim)
+    training = Training(encoder, loss, SnappingLayer(run.config.snap), config)
+    quantizer, items, targets = (
+        make_quantizer(run.quantizer, encoder.dim),
+        torch.from_numpy(split.train),
+        torch.tensor(labels),
+    )
+    coupled = run.config.snap.variant != "none" or run.config.snap.forward == "decoded"
+
+    def batches(epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        plan = plan_epoch(
+            labels, config.batch_size, seed=run.seed, epoch=epoch, samples_per_class=config.samples_per_class
+        )
+        return [(items[rows], targets[rows]) for rows in torch.from_numpy(plan)]
+
+    def refresh(training: Training) -> Any:
+        # Nothing reads the codebook of a network that is not coupled to one before the end.
+        lloyd = (
+            experiment.lloyd
+            if coupled or training.epoch == config.epochs
+            else LloydConfig(iterations=1, refresh_iterations=1)
+        )
+        y_ND = embed(training.encoder, items)
+        return train_codebook(y_ND, quantizer, lloyd, seed=run.seed, start=training.codebook if coupled else None)
+
+    fit(training, batches, refresh)
+    return training
+
+
+if __name__ == "__main__":
+    main()
