@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 FAISS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check fix bench clean
+.PHONY: help install demo test test-fast check fix bench experiments results clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,12 @@ bench: install  ## measure the claims of the README, one after another
 	$(BIN)/python benchmarks/encoding.py
 	$(BIN)/python benchmarks/building.py
 	$(BIN)/python benchmarks/serving.py
+
+experiments: install  ## carry out the experiments whose data is prepared (hours; goes on where it stopped)
+	for settings in benchmarks/experiments/*.yaml; do $(BIN)/python benchmarks/experiment.py $$settings || true; done
+
+results: install  ## redraw docs/results from the runs that are there
+	$(BIN)/python benchmarks/draw_results.py
 
 clean:  ## remove what was built, the virtual environment apart
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

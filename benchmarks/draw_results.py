@@ -1,0 +1,148 @@
+"""Redraws docs/results from the finished runs: a table and a figure for every experiment.
+
+Every cell is mean and standard deviation over the seeds that are there; differences are paired by seed against the arm
+that trains in two steps, with the 95% interval of Student's t. Nothing is measured here.
+
+python benchmarks/draw_results.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import yaml
+from record import RESULTS
+from scipy import stats
+
+from gsl_dist.storage import Folder
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs" / "results"
+BASE = "two-step"
+SHOWN = {
+    "map_coded": "coded mAP",
+    "map_float": "float mAP",
+    "recall10_coded": "recall@10",
+    "recall1_coded": "recall@1",
+    "recall100_coded": "recall@100",
+    "error": "relative quantization error",
+    "fallback_rate": "fallback rate",
+    "usage": "code entropy, share of the most",
+}
+Runs = dict[tuple[str, int], dict[int, dict[str, Any]]]
+
+
+def main() -> None:
+    # The same names for the parts of a figure every time: a drawing that is drawn again is the same file.
+    mpl.rcParams["svg.hashsalt"] = "gsl_dist"
+    pages = [draw_experiment(path) for path in sorted((RESULTS / "experiments").glob("*.jsonl"))]
+    write(
+        "README.md",
+        "# Results\n\nRedrawn by `make results`; runs are in `benchmarks/results/experiments/`.\n\n" + "".join(pages),
+    )
+
+
+def draw_experiment(path: Path) -> str:
+    """Write the page and the figure of one experiment; give its line in the list."""
+    runs, commits = read_runs(path)
+    settings = (HERE / "experiments" / f"{path.stem}.yaml").read_text()
+    title = settings.splitlines()[0].lstrip("# ")
+    parts = [f"# {title}\n", f"Commits {', '.join(sorted(commits))}. Mean and standard deviation over seeds.\n"]
+    figures = [name for name in SHOWN if any(name in run for cell in runs.values() for run in cell.values())]
+    parts += [table(runs, name) for name in figures]
+    main_figure = figures[0]
+    parts.append(table_differences(runs, main_figure))
+    draw_lines(runs, main_figure, DOCS / f"{path.stem}.svg")
+    parts.append(f"![{SHOWN[main_figure]} by bits]({path.stem}.svg)\n")
+    parts.append(table_tuned(runs))
+    parts.append(f"## Settings\n\n```yaml\n{settings}```\n")
+    write(f"{path.stem}.md", "\n".join(parts))
+    return f"- [{title}]({path.stem}.md)\n"
+
+
+def read_runs(path: Path) -> tuple[Runs, set[str]]:
+    """Give the finished runs by arm and bits, then by seed; those that only tuned are left out."""
+    runs: Runs = defaultdict(dict)
+    commits = set()
+    known = yaml.safe_load((HERE / "experiments" / f"{path.stem}.yaml").read_text())["arms"]
+    for run in map(json.loads, path.read_text().splitlines()):
+        if not run["tuning"] and run["arm"] in known:
+            runs[run["arm"], run["bits"]][run["seed"]] = run
+            commits.add(run["commit"])
+    return runs, commits
+
+
+def table(runs: Runs, figure: str) -> str:
+    def cell(arm: str, bits: int) -> str:
+        values = [run[figure] for run in runs.get((arm, bits), {}).values() if run.get(figure) is not None]
+        if not values:
+            return ""
+        deviation = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.4f}{deviation} ({len(values)})"
+
+    return lay_table(runs, f"{raise_first(SHOWN[figure])} (number of seeds)", cell)
+
+
+def table_differences(runs: Runs, figure: str) -> str:
+    def cell(arm: str, bits: int) -> str:
+        mine, base = runs.get((arm, bits), {}), runs.get((BASE, bits), {})
+        pairs = [mine[seed][figure] - base[seed][figure] for seed in sorted(mine.keys() & base.keys())]
+        if len(pairs) < 2 or arm == BASE:
+            return ""
+        reach = stats.t.ppf(0.975, len(pairs) - 1) * np.std(pairs, ddof=1) / np.sqrt(len(pairs))
+        text = f"{np.mean(pairs):+.4f} ± {reach:.4f}"
+        return f"**{text}**" if abs(np.mean(pairs)) > reach else text
+
+    return lay_table(runs, f"{raise_first(SHOWN[figure])} minus that of {BASE}, paired, 95% interval", cell)
+
+
+def table_tuned(runs: Runs) -> str:
+    def cell(arm: str, bits: int) -> str:
+        cells = runs.get((arm, bits), {}).values()
+        return ", ".join(
+            sorted({f"{run['config']['snap']['beta']:g} / {run['config']['snap']['weight']:g}" for run in cells})
+        )
+
+    return lay_table(runs, "Strength (beta / weight), as set or as tuned on held-out training rows", cell)
+
+
+def lay_table(runs: Runs, title: str, cell: Any) -> str:
+    arms, bits = list(dict.fromkeys(arm for arm, _ in runs)), sorted({bits for _, bits in runs})
+    lines = [f"## {title}\n", "| arm | " + " | ".join(f"{b} bits" for b in bits) + " |", "|---" * (len(bits) + 1) + "|"]
+    lines += [f"| {arm} | " + " | ".join(cell(arm, b) for b in bits) + " |" for arm in arms]
+    return "\n".join(lines) + "\n"
+
+
+def raise_first(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def draw_lines(runs: Runs, figure: str, path: Path) -> None:
+    drawing, axes = plt.subplots(figsize=(7, 4.5))
+    arms, bits = list(dict.fromkeys(arm for arm, _ in runs)), sorted({bits for _, bits in runs})
+    for arm in arms:
+        cells = [[run[figure] for run in runs.get((arm, b), {}).values()] for b in bits]
+        kept = [(b, np.mean(values), np.std(values)) for b, values in zip(bits, cells, strict=True) if values]
+        axes.errorbar(*zip(*kept, strict=True), label=arm, capsize=3, marker="o", markersize=4)
+    axes.set(xlabel="bits an item", ylabel=SHOWN[figure], xticks=bits)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    with Folder(DOCS).whole(path.name) as draft:
+        drawing.savefig(draft, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    plt.close(drawing)
+
+
+def write(name: str, text: str) -> None:
+    Folder(DOCS).write_bytes(name, text.encode())
+
+
+if __name__ == "__main__":
+    main()
