@@ -27,7 +27,7 @@ from gsl_dist.cluster.codebook import CodebookConfig, load_codebook, run_codeboo
 from gsl_dist.cluster.encode import EncodeConfig, read_codes, run_encode
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import check_config
-from gsl_dist.index.ivfpq import create_shard, fill_shard, read_lists
+from gsl_dist.index.shards import create_shard, fill_shard, read_lists
 from gsl_dist.storage import Folder
 
 PLACE = Path("build/bench/building")

@@ -34,7 +34,7 @@ from gsl_dist.config import check_config
 from gsl_dist.data import ImageConfig, decode_image, fashion_folder
 from gsl_dist.demo import Demo, images, train_settings
 from gsl_dist.fit import embed
-from gsl_dist.index.ivfpq import create_shard
+from gsl_dist.index.shards import create_shard
 from gsl_dist.storage import Folder
 
 CORES = 2

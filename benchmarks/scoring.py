@@ -56,7 +56,7 @@ def score_neighbours(
         ("coded", nearest(measure(queries_QD, torch.from_numpy(words_UD))[:, which_N])),
         ("float", nearest(measure(queries_QD, items_ND))),
     ):
-        figures |= {f"recall{k}_{name}": recall_at(found, split.neighbours, k) for k in RANKS}
+        figures |= {f"recall{k}_{name}": recall_at(found, split.neighbours[:, :k], k) for k in RANKS}
     return figures
 
 

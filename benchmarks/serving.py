@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from gsl_dist.client import Client
 from gsl_dist.cluster.serve import ServeConfig, Service, serve, stop_service
 from gsl_dist.config import Resources
-from gsl_dist.index.ivfpq import create_shard, extract_codebook, fill_shard, read_lists
 from gsl_dist.index.manifest import CODEBOOK, Manifest, ShardEntry, promote_version, publish_version, version_folder
 from gsl_dist.index.search import LocalSearcher, open_searcher
+from gsl_dist.index.shards import create_shard, extract_codebook, fill_shard, read_lists
 from gsl_dist.measure import measure_latency, measure_throughput
 from gsl_dist.storage import Folder
 

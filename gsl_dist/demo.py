@@ -35,9 +35,9 @@ from gsl_dist.data import FASHION_CLASSES, Batch, CorpusConfig, fashion_folder, 
 from gsl_dist.encoders import Encoder
 from gsl_dist.evaluate import evaluate_map, quantization_error
 from gsl_dist.fit import embed
-from gsl_dist.index.ivfpq import create_shard, fill_shard
 from gsl_dist.index.manifest import Manifest, open_version
 from gsl_dist.index.search import LocalSearcher, open_searcher
+from gsl_dist.index.shards import create_shard, fill_shard
 from gsl_dist.measure import measure_latency, measure_throughput
 from gsl_dist.quantizers import open_quantizer
 from gsl_dist.report import Pictures, ResultRow, write_report

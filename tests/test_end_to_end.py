@@ -7,20 +7,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from corpora import make_clusters, write_vectors
+from reference import search_in_loops
 
 from gsl_dist.client import Client
 from gsl_dist.cluster.build import BuildConfig, run_build
 from gsl_dist.cluster.codebook import CodebookConfig, load_codebook, run_codebook
-from gsl_dist.cluster.encode import EncodeConfig, run_encode
+from gsl_dist.cluster.encode import EncodeConfig, read_codes, run_encode
 from gsl_dist.cluster.evaluate import EvaluateConfig, embed_queries, run_evaluate
 from gsl_dist.cluster.model import load_encoder, load_trained_codebook
 from gsl_dist.cluster.serve import ServeConfig, serve, stop_service
 from gsl_dist.cluster.train import TrainConfig, run_train
 from gsl_dist.config import check_config
 from gsl_dist.errors import ArtefactError, BadInput, ConfigError, DataError
-from gsl_dist.index.ivfpq import extract_codebook
 from gsl_dist.index.manifest import current_version, open_version, verify_version
 from gsl_dist.index.search import open_searcher
+from gsl_dist.index.shards import extract_codebook
 from gsl_dist.storage import Folder
 
 pytestmark = pytest.mark.ray
@@ -191,3 +192,36 @@ def test_ids_that_occur_twice_are_refused(world):
     with pytest.raises(DataError, match="id: got 3"):
         run_build(check_config(BuildConfig, build))
     assert not (world / "twice" / "CURRENT.json").exists()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"kind": "opq", "sub_vectors": 4, "rotation_iterations": 3},
+        {"kind": "rq", "books": 4, "joint_iterations": 2},
+        {"kind": "lsq", "books": 4, "joint_iterations": 3, "restarts": 2, "train_restarts": 1},
+    ],
+    ids=lambda shape: shape["kind"],
+)
+def test_codes_of_every_kind_are_served_from_their_files(ray_session, tmp_path, shape):
+    write_vectors(tmp_path / "database.parquet", rows=600, seed=2)
+    corpus = {"path": str(tmp_path / "database.parquet"), **COLUMNS}
+    fitted = {"source": "fitted", "corpus": corpus, "output": str(tmp_path / "codebook"), "lloyd": {"iterations": 5}}
+    run_codebook(check_config(CodebookConfig, fitted | {"quantizer": shape | {"bits": 4, "cells": 4}}))
+    run_encode(check_config(EncodeConfig, encode_settings(tmp_path) | {"model": None}))
+    manifest = run_build(check_config(BuildConfig, build_settings(tmp_path, model=None)))
+    codebook = load_codebook(str(tmp_path / "codebook"))
+    assert (manifest.kind, manifest.rotated) == (codebook.kind, shape["kind"] == "opq")
+    tables = [read_codes(Folder(tmp_path / "codes"), shard.name, codebook) for shard in manifest.shards]
+    ids, vectors = (np.concatenate([getattr(table, name) for table in tables]) for name in ("ids", "vectors"))
+    decoded = np.concatenate([codebook.decode(table.cells, codebook.unpack(table.codes)) for table in tables])
+    assert np.square(decoded - vectors).sum() < 0.5 * np.square(vectors - vectors.mean(axis=0)).sum()
+    queries, _ = make_clusters(5, 16, 5, seed=3)
+    distances, found = open_searcher(str(tmp_path / "index")).search(queries, 10, probes=4)
+    wanted = search_in_loops(queries, ids, decoded, 10)
+    np.testing.assert_allclose(distances, [[distance for distance, _ in row] for row in wanted], rtol=1e-4)
+    far = {int(item): vector for item, vector in zip(ids, decoded, strict=True)}
+    mine = [
+        [np.square(far[int(item)] - query).sum() for item in row] for row, query in zip(found, queries, strict=True)
+    ]
+    np.testing.assert_allclose(mine, distances, rtol=1e-4)

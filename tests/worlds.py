@@ -3,23 +3,43 @@
 import numpy as np
 
 from gsl_dist.codebook import Codebook
-from gsl_dist.index.ivfpq import create_shard, fill_shard
-from gsl_dist.index.manifest import CODEBOOK, Manifest, ShardEntry, promote_version, publish_version, version_folder
+from gsl_dist.index.manifest import (
+    CODEBOOK,
+    Manifest,
+    ShardEntry,
+    describe_codebook,
+    promote_version,
+    publish_version,
+    version_folder,
+)
+from gsl_dist.index.shards import create_shard, fill_shard, write_shard
 from gsl_dist.storage import Folder
 
 
-def make_index(folder, *, rows=400, dim=16, cells=8, shards=3, seed=0, version="v1"):
+def make_codebook(kind="pq", *, bits=4, cells=8, residual=True, rotated=False, dim=16, choices=8, seed=0):
+    """Give a codebook of random numbers, with a random rotation if `rotated`."""
+    rng = np.random.default_rng(seed)
+    books = rng.normal(size=(choices, 1 << bits, dim // choices if kind == "pq" else dim))
+    coarse = rng.normal(size=(cells, dim)) * 3
+    rotation = np.linalg.qr(rng.normal(size=(dim, dim)))[0] if rotated else None
+    return Codebook(coarse=coarse, books=books, residual=residual, kind=kind, rotation=rotation)
+
+
+def make_rows(codebook, rows=300, *, seed=1):
+    """Give rows of random codes in random cells: ids in any order, cells, packed codes."""
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(10 * rows)[:rows].astype(np.int64)
+    codes = codebook.pack(rng.integers(codebook.codewords, size=(rows, codebook.sub_vectors)))
+    return ids, rng.integers(codebook.cells, size=rows), codes
+
+
+def make_index(folder, *, rows=400, dim=16, cells=8, shards=3, seed=0, version="v1", codebook=None):
     """Publish and promote a version of random codes in `folder`, and give its manifest.
 
     The codes depend on the seed alone: the same rows, dealt out to however many shards.
     """
-    import faiss
-
-    rng = np.random.default_rng(seed)
-    books = rng.normal(size=(dim // 2, 16, 2)).astype(np.float32)
-    codebook = Codebook(coarse=rng.normal(size=(cells, dim)), books=books, residual=True)
-    cells_N = rng.integers(cells, size=rows)
-    codes = codebook.pack(rng.integers(16, size=(rows, dim // 2)))
+    codebook = codebook or make_codebook(dim=dim, cells=cells, seed=seed)
+    _, cells_N, codes = make_rows(codebook, rows, seed=seed + 1)
     index = Folder(folder)
     place = version_folder(index, version)
     codebook.save(place, CODEBOOK)
@@ -28,21 +48,15 @@ def make_index(folder, *, rows=400, dim=16, cells=8, shards=3, seed=0, version="
         shard, name = create_shard(codebook), f"shard-{rank:05d}"
         fill_shard(shard, ids_N, cells_N[ids_N], codes[ids_N])
         with place.whole(f"{name}.faiss") as path:
-            faiss.write_index(shard, str(path))
+            write_shard(shard, codebook, path)
         entries.append(ShardEntry(name=name, rows=len(ids_N), index=place.pin(f"{name}.faiss")))
     manifest = Manifest(
         version=version,
         created="2026-01-01T00:00:00+00:00",
-        fingerprint=codebook.fingerprint,
-        dim=dim,
-        cells=cells,
-        sub_vectors=codebook.sub_vectors,
-        bits=codebook.bits,
-        residual=True,
-        bytes_per_item=codebook.code_bytes,
         rows=rows,
         shards=entries,
         codebook=place.pin(CODEBOOK),
+        **describe_codebook(codebook),
     )
     publish_version(index, manifest)
     return promote_version(index, version)

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import ray
@@ -25,18 +24,19 @@ from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_q
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.errors import ArtefactError, ConfigError, DataError
-from gsl_dist.index.ivfpq import create_shard, fill_shard
 from gsl_dist.index.manifest import (
     CODEBOOK,
     VERSION_NAME,
     Manifest,
     ShardEntry,
+    describe_codebook,
     list_versions,
     open_version,
     promote_version,
     publish_version,
     version_folder,
 )
+from gsl_dist.index.shards import create_shard, fill_shard, write_shard
 from gsl_dist.storage import FileEntry, Folder
 
 _SOFTWARE = ("faiss-cpu", "faiss-gpu", "torch", "ray", "numpy", "pyarrow", "gsl_dist")
@@ -99,7 +99,7 @@ def build_shard(config: BuildConfig, folder: Folder, name: str, entry: FileEntry
     shard = create_shard(codebook)
     fill_shard(shard, table.ids, table.cells, table.codes)
     with folder.whole(f"{name}.faiss") as path:
-        faiss.write_index(shard, str(path))
+        write_shard(shard, codebook, path)
     payload = None
     if table.payload is not None:
         payload_name = f"{name.replace('shard', 'payload')}.parquet"
@@ -194,13 +194,7 @@ def _describe(
         version=version,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         made_by=built[0].made_by,
-        fingerprint=codebook.fingerprint,
-        dim=codebook.dim,
-        cells=codebook.cells,
-        sub_vectors=codebook.sub_vectors,
-        bits=codebook.bits,
-        residual=codebook.residual,
-        bytes_per_item=codebook.code_bytes,
+        **describe_codebook(codebook),
         rows=sum(shard.entry.rows for shard in built),
         shards=[shard.entry for shard in built],
         codebook=folder.pin(CODEBOOK),

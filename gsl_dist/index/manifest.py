@@ -49,6 +49,8 @@ class Manifest(Strict):
     made_by: str = ""
     fingerprint: str
     metric: str = "l2"
+    kind: str = "pq"
+    rotated: bool = False
     dim: int
     cells: int
     sub_vectors: int
@@ -67,6 +69,21 @@ class Manifest(Strict):
         """List every file of the version but the manifest."""
         shards = [entry for shard in self.shards for entry in (shard.index, shard.payload) if entry]
         return [self.codebook, *self.model, *shards]
+
+
+def describe_codebook(codebook: Codebook) -> dict[str, Any]:
+    """Give what the manifest of a version tells of its codebook."""
+    return {
+        "fingerprint": codebook.fingerprint,
+        "kind": codebook.kind,
+        "rotated": codebook.rotation is not None,
+        "dim": codebook.dim,
+        "cells": codebook.cells,
+        "sub_vectors": codebook.sub_vectors,
+        "bits": codebook.bits,
+        "residual": codebook.residual,
+        "bytes_per_item": codebook.code_bytes,
+    }
 
 
 def version_folder(index: Folder, version: str) -> Folder:

@@ -21,8 +21,8 @@ from numpy.typing import ArrayLike
 from gsl_dist.codebook import Codebook, FloatArray
 from gsl_dist.errors import QueryError
 from gsl_dist.hits import Hits, merge_topk
-from gsl_dist.index.ivfpq import read_shard
 from gsl_dist.index.manifest import Manifest, ShardEntry, open_codebook, open_version, version_folder
+from gsl_dist.index.shards import read_shard
 from gsl_dist.storage import Folder
 
 MAX_K = 16_384
@@ -90,13 +90,13 @@ class LocalSearcher:
     Args:
         manifest: the version.
         codebook: its codebook.
-        index: the joined lists of the shards.
+        index: the joined lists of the shards; the codebook's rotation is not in it.
         shards: the names of the shards held here.
     """
 
     manifest: Manifest
     codebook: Codebook
-    index: faiss.IndexIVFPQ
+    index: faiss.IndexIVF
     shards: tuple[str, ...]
 
     def search(self, queries: ArrayLike, k: int = 10, *, probes: int | None = None) -> Hits:
@@ -117,7 +117,8 @@ class LocalSearcher:
 
     def search_checked(self, queries: FloatArray, k: int, probes: int) -> Hits:
         """Search without looking at the arguments again: for a replica behind a router that has."""
-        distances, ids = self.index.search(queries, k, params=faiss.SearchParametersIVF(nprobe=probes))
+        turned = self.codebook.rotate(queries)
+        distances, ids = self.index.search(turned, k, params=faiss.SearchParametersIVF(nprobe=probes))
         found = Hits(ids, distances, len(self.shards), len(self.manifest.shards), self.manifest.version)
         # Puts items at equal distances in the order of their ids, as merging the answers of replicas does.
         return merge_topk([found], k)
@@ -154,25 +155,27 @@ def open_searcher(
         known = ", ".join(shard.name for shard in manifest.shards)
         raise QueryError("shards", sorted(missing), f"version {manifest.version} has {known}", status=404)
     folder = version_folder(index, manifest.version)
-    whole = join_shards(_open_shard(folder, entry, codebook) for entry in entries)
+    whole = join_shards((_open_shard(folder, entry, codebook) for entry in entries), codebook)
     return LocalSearcher(manifest, codebook, whole, tuple(entry.name for entry in entries))
 
 
-def join_shards(shards: Iterable[faiss.IndexIVFPQ]) -> faiss.IndexIVFPQ:
+def join_shards(shards: Iterable[faiss.IndexIVF], codebook: Codebook) -> faiss.IndexIVF:
     """Join the lists of shards with one codebook into one index; the shards are empty afterwards.
 
-    Codes of residuals also get faiss's table of what cells and codewords have to do with each other, where it is small.
+    Product codes of residuals also get faiss's table of what cells and codewords have to do with each other, where it
+    is small.
     """
     whole, *others = shards
     for shard in others:
         whole.merge_from(shard, 0)
-    if whole.by_residual and whole.nlist * whole.pq.M * whole.pq.ksub * 4 <= _TABLE_BYTES:
+    table_bytes = codebook.cells * codebook.sub_vectors * codebook.codewords * 4
+    if codebook.residual and not codebook.additive and table_bytes <= _TABLE_BYTES:
         whole.use_precomputed_table = 1
         whole.precompute_table()
     return whole
 
 
-def _open_shard(folder: Folder, entry: ShardEntry, codebook: Codebook) -> faiss.IndexIVFPQ:
+def _open_shard(folder: Folder, entry: ShardEntry, codebook: Codebook) -> faiss.IndexIVF:
     folder.check(entry.index)
     with folder.local(entry.index.name) as path:
         return read_shard(path, codebook)

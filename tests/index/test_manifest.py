@@ -1,10 +1,11 @@
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("faiss")
-from worlds import make_index
+from worlds import make_codebook, make_index
 
 from gsl_dist.errors import ArtefactError, BadInput
 from gsl_dist.index.manifest import (
@@ -78,6 +79,22 @@ def test_what_was_published_comes_back(index):
     copy = manifest.model_copy(update={"version": "v2"})
     publish_version(index, copy)
     assert open_version(index, "v2") == copy and list_versions(index) == ["v1", "v2"]
+
+
+def test_a_manifest_tells_of_its_codebook(tmp_path):
+    manifest = make_index(tmp_path, codebook=make_codebook("lsq", rotated=True, bits=5, choices=3))
+    assert (manifest.kind, manifest.rotated, manifest.residual) == ("lsq", True, True)
+    assert (manifest.dim, manifest.cells, manifest.sub_vectors, manifest.bits) == (16, 8, 3, 5)
+    assert manifest.bytes_per_item == 2 and open_codebook(Folder(tmp_path), manifest).additive
+
+
+def test_a_manifest_from_before_kinds_is_of_product_codes(index):
+    content = json.loads(place(index, MANIFEST).read_text())
+    older = {key: value for key, value in content.items() if key not in ("kind", "rotated", "digest")}
+    digest = hashlib.sha256(json.dumps(older, sort_keys=True).encode()).hexdigest()
+    place(index, MANIFEST).write_text(json.dumps(older | {"digest": digest}))
+    manifest = open_version(index)
+    assert (manifest.kind, manifest.rotated, manifest.rows) == ("pq", False, 60)
 
 
 def test_promoting_the_version_before_rolls_back(index):

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -5,13 +7,18 @@ import pytest
 
 faiss = pytest.importorskip("faiss")
 from reference import search_in_loops  # noqa: E402
-from worlds import make_index, make_queries  # noqa: E402
+from worlds import make_codebook, make_index, make_queries  # noqa: E402
 
 from gsl_dist.errors import ArtefactError, BadInput, QueryError  # noqa: E402
-from gsl_dist.hits import FAR, merge_topk  # noqa: E402
-from gsl_dist.index.ivfpq import read_lists  # noqa: E402
+from gsl_dist.hits import FAR, Hits, merge_topk  # noqa: E402
 from gsl_dist.index.search import MAX_K, open_searcher  # noqa: E402
+from gsl_dist.index.shards import read_lists  # noqa: E402
 from gsl_dist.storage import Folder  # noqa: E402
+
+KINDS = [("pq", False), ("pq", True), ("rq", False), ("lsq", False), ("rq", True)]
+PARTITIONS = [(1, False), (8, True), (8, False)]
+kinds = pytest.mark.parametrize("kind, rotated", KINDS)
+partitions = pytest.mark.parametrize("cells, residual", PARTITIONS)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,43 @@ def test_one_index_equals_its_shards(tmp_path, shards, probes):
     assert_same_but_for_ties(one.search(make_queries(), 10, probes=probes), answer)
     assert (answer.shards_answered, answer.shards_total, answer.version) == (shards, shards, "v1")
     assert one.rows == many.rows == 400
+
+
+@kinds
+@partitions
+def test_joined_shards_answer_as_plain_faiss_does_over_one_file(tmp_path, kind, rotated, cells, residual):
+    codebook, queries = make_codebook(kind, rotated=rotated, cells=cells, residual=residual), make_queries()
+    make_index(tmp_path / "one", shards=1, codebook=codebook)
+    plain = faiss.read_index(str(tmp_path / "one" / "versions" / "v1" / "shard-00000.faiss"))
+    searcher = open_world(tmp_path / "many", shards=3, codebook=codebook)
+    for probes in {1, min(3, cells), cells}:
+        distances, ids = plain.search(queries, 10, params=faiss.SearchParametersIVF(nprobe=probes))
+        assert_same_but_for_ties(searcher.search(queries, 10, probes=probes), Hits(ids, distances, 3, 3))
+
+
+@kinds
+@partitions
+def test_every_kind_finds_what_is_nearest_among_decoded_vectors(tmp_path, kind, rotated, cells, residual):
+    codebook = make_codebook(kind, rotated=rotated, cells=cells, residual=residual)
+    searcher, queries = open_world(tmp_path, rows=150, shards=2, codebook=codebook), make_queries(6)
+    wanted = search_in_loops(queries, *decode_all(searcher), 15)
+    hits = searcher.search(queries, 15, probes=cells)
+    assert np.allclose(hits.distances, [[distance for distance, _ in row] for row in wanted], rtol=1e-4)
+    assert np.array_equal(hits.ids, [[item for _, item in row] for row in wanted])
+
+
+def test_a_process_that_makes_no_index_opens_one_rotated_file_after_another(tmp_path):
+    # Handing over what SWIG owns breaks faiss after some files, unless objects made in the process hide it.
+    make_index(tmp_path, shards=9, codebook=make_codebook(rotated=True))
+    script = "import sys; from gsl_dist.index.search import open_searcher; print(open_searcher(sys.argv[1]).rows)"
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert run.stdout.strip() == "400" and "leak" not in run.stderr, run.stderr
+
+
+@kinds
+def test_an_empty_version_of_every_kind_finds_nothing(tmp_path, kind, rotated):
+    hits = open_world(tmp_path, rows=0, shards=2, codebook=make_codebook(kind, rotated=rotated)).search(make_queries(2))
+    assert (hits.ids == -1).all() and (hits.distances == FAR).all() and hits.shards_answered == 2
 
 
 @pytest.mark.parametrize("shards", [2, 3, 7])

@@ -1,0 +1,186 @@
+"""Codes and cells become the faiss file of their codebook's kind, without encoding anything again.
+
+A faiss index is given our centroids and codewords and our codes go straight into its inverted lists, so building costs
+a sort and a copy. The file opens in plain faiss and answers the same: `pq` as IndexIVFPQ, `rq` and `lsq` as faiss's
+additive indexes, which decode every item they look at: exact, no byte more an item, and about a hundred times slower.
+Where vectors are rotated, the rotation stands before the lists in the file only. In memory a shard is its lists: who
+searches them turns each query once.
+"""
+
+# Shapes: N vectors, D dims, C cells, M choices, K codewords
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+
+from gsl_dist.codebook import CodeArray, Codebook, IdArray
+from gsl_dist.errors import ArtefactError, DataError
+
+
+class Layout(NamedTuple):
+    """How faiss calls what a kind of codebook consists of.
+
+    Args:
+        index: the class of the index.
+        quantizer: the attribute of the index that holds the codewords, and in that:
+        words: the attribute of the codewords, all in a row.
+        width: that of the length of one.
+        settings: what training would have set, and what is not as faiss has it.
+    """
+
+    index: Any
+    quantizer: str
+    words: str
+    width: str
+    settings: dict[str, Any]
+
+
+# Without the flag whoever opens a file makes M^2 K^2 / 2 floats for a way of encoding that is off unless asked for.
+_LEAN = faiss.ResidualQuantizer.Train_progressive_dim | faiss.ResidualQuantizer.Skip_codebook_tables
+_LAYOUTS = {
+    "pq": Layout(faiss.IndexIVFPQ, "pq", "centroids", "dsub", {}),
+    "rq": Layout(faiss.IndexIVFResidualQuantizer, "rq", "codebooks", "d", {"is_trained": True, "train_type": _LEAN}),
+    "lsq": Layout(faiss.IndexIVFLocalSearchQuantizer, "lsq", "codebooks", "d", {"is_trained": True}),
+}
+
+
+def create_shard(codebook: Codebook) -> faiss.IndexIVF:
+    """Make empty, trained faiss lists that have this codebook, its rotation apart."""
+    layout, coarse = _LAYOUTS[codebook.kind], faiss.IndexFlatL2(codebook.dim)
+    coarse.add(codebook.coarse)
+    index = layout.index(coarse, codebook.dim, codebook.cells, codebook.sub_vectors, codebook.bits)
+    coarse.this.disown()
+    index.own_fields = True
+    quantizer = getattr(index, layout.quantizer)
+    faiss.copy_array_to_vector(codebook.books.ravel(), getattr(quantizer, layout.words))
+    for name, value in layout.settings.items():
+        setattr(quantizer, name, value)
+    index.by_residual = codebook.residual
+    # The tables speed up only long lists and cost cells x M x K floats in every shard of a process.
+    index.use_precomputed_table = -1
+    index.is_trained = True
+    return index
+
+
+def fill_shard(index: faiss.IndexIVF, ids_N: IdArray, cells_N: IdArray, codes: CodeArray) -> None:
+    """Put codes into the lists of their cells; within a list they are ordered by id.
+
+    Shapes: ids_N, cells_N (N,) int64; codes (N, code_bytes) uint8.
+    Raises:
+        DataError: two rows have the same id, an id is negative, or a cell is out of range.
+    """
+    assert codes.shape == (len(ids_N), index.code_size), (codes.shape, index.code_size)
+    if len(ids_N) == 0:
+        return
+    wrong = cells_N[(cells_N < 0) | (cells_N >= index.nlist)]
+    if len(wrong):
+        raise DataError("cell", int(wrong[0]), f"cells are 0 to {index.nlist - 1}")
+    order = np.lexsort((ids_N, cells_N))
+    cells_N, ids_N, codes = cells_N[order], ids_N[order], np.ascontiguousarray(codes[order])
+    _refuse_bad_ids(ids_N)
+    starts = np.flatnonzero(np.r_[True, cells_N[1:] != cells_N[:-1]])
+    for start, stop in zip(starts, np.r_[starts[1:], len(cells_N)], strict=True):
+        index.invlists.add_entries(
+            int(cells_N[start]), int(stop - start), faiss.swig_ptr(ids_N[start:stop]), faiss.swig_ptr(codes[start:stop])
+        )
+    index.ntotal += len(ids_N)
+
+
+def write_shard(index: faiss.IndexIVF, codebook: Codebook, path: Path) -> None:
+    """Write lists, behind the rotation if there is one, as a file that plain faiss searches with any query as it is."""
+    whole = index
+    if codebook.rotation is not None:
+        turn = faiss.LinearTransform(codebook.dim, codebook.dim, False)
+        faiss.copy_array_to_vector(codebook.rotation.ravel(), turn.A)
+        turn.is_trained = True
+        whole = faiss.IndexPreTransform(turn, index)
+    faiss.write_index(whole, str(path))
+
+
+def read_shard(path: Path, codebook: Codebook) -> faiss.IndexIVF:
+    """Open the lists of a shard file whose checksum was verified, and check that they have this codebook.
+
+    Raises:
+        ArtefactError: it is no index, another kind of index, or was built with another codebook.
+    """
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+        found = extract_codebook(index)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ArtefactError(str(path), f"it is not a shard ({error})") from error
+    if found.fingerprint != codebook.fingerprint:
+        raise ArtefactError(str(path), f"it was built with another codebook than {codebook.fingerprint}")
+    lists = _split_index(index)[1]
+    if lists is not index:
+        # The index of the file owns the lists and must live as long as they do. SWIG can hand over what it owns, but
+        # then miscounts: after some such objects were freed, it forgets every class of faiss.
+        lists.referenced_objects = [index]
+    return lists
+
+
+def extract_codebook(index: faiss.Index) -> Codebook:
+    """Take the codebook out of a faiss index, array for array, with the rotation if one stands before the lists.
+
+    Raises:
+        ValueError: a codebook does not tell all that this index would do with a query.
+    """
+    turn, lists = _split_index(index)
+    kind = _name_kind(lists)
+    quantizer = getattr(lists, _LAYOUTS[kind].quantizer)
+    words = faiss.vector_to_array(getattr(quantizer, _LAYOUTS[kind].words))
+    return Codebook(
+        coarse=lists.quantizer.reconstruct_n(0, lists.nlist),
+        books=words.reshape(quantizer.M, -1, getattr(quantizer, _LAYOUTS[kind].width)),
+        residual=bool(lists.by_residual),
+        kind=kind,
+        rotation=None if turn is None else faiss.vector_to_array(turn.A).reshape(turn.d_out, turn.d_in),
+    )
+
+
+def read_lists(index: faiss.IndexIVF) -> tuple[IdArray, IdArray, CodeArray]:
+    """Give all rows of an index as ids, cells and packed codes, in list order.
+
+    Shapes: -> (N,) int64, (N,) int64, (N, code_bytes) uint8.
+    """
+    lists = index.invlists
+    sizes = np.array([lists.list_size(cell) for cell in range(index.nlist)])
+    full = [cell for cell in range(index.nlist) if sizes[cell]]
+    if not full:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, index.code_size), np.uint8)
+    ids = [faiss.rev_swig_ptr(lists.get_ids(cell), int(sizes[cell])).copy() for cell in full]
+    codes = [faiss.rev_swig_ptr(lists.get_codes(cell), int(sizes[cell]) * index.code_size).copy() for cell in full]
+    cells = np.repeat(np.arange(index.nlist), sizes)
+    return np.concatenate(ids), cells, np.concatenate(codes).reshape(-1, index.code_size)
+
+
+def _split_index(index: faiss.Index) -> tuple[faiss.LinearTransform | None, faiss.Index]:
+    """Give the rotation, if there is one, and what stands behind it; both still belong to the index."""
+    if not isinstance(index, faiss.IndexPreTransform):
+        return None, index
+    turns = [faiss.downcast_VectorTransform(index.chain.at(place)) for place in range(index.chain.size())]
+    if len(turns) != 1 or not isinstance(turns[0], faiss.LinearTransform) or turns[0].have_bias:
+        raise ValueError("something else than a rotation stands before its lists")
+    return turns[0], faiss.downcast_index(index.index)
+
+
+def _name_kind(lists: faiss.Index) -> str:
+    kind = next((kind for kind, layout in _LAYOUTS.items() if type(lists) is layout.index), None)
+    if kind is None or lists.metric_type != faiss.METRIC_L2:
+        raise ValueError(f"a {type(lists).__name__} of metric {lists.metric_type} has no codebook")
+    # The other ways in which faiss searches sums need norms in the codes, or are not exact.
+    if kind != "pq" and lists.aq.search_type != faiss.AdditiveQuantizer.ST_decompress:
+        raise ValueError(f"search type {lists.aq.search_type} does not compare queries with decoded vectors")
+    return kind
+
+
+def _refuse_bad_ids(ids_N: IdArray) -> None:
+    if ids_N.min() < 0:
+        raise DataError("id", int(ids_N.min()), "ids are 0 or more: faiss marks an empty place with -1")
+    ordered = np.sort(ids_N)
+    double = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(double):
+        raise DataError("id", int(ordered[double[0]]), f"each id may occur once; {len(double)} rows repeat one")
