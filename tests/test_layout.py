@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "gsl_dist"
 FLOORS = {
     "ground": {"errors", "config", "storage", "artefact", "codebook", "hits", "wire"},
-    "maths": {"quantizers", "snap", "losses", "encoders", "fit", "sampling"},
+    "maths": {"quantizers", "snap", "losses", "encoders", "fit", "sampling", "ranked"},
     "disk": {"data", "index", "evaluate"},
     "cluster": {"cluster"},
     "doors": {"cli", "client", "measure", "report", "demo"},

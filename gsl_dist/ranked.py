@@ -1,0 +1,205 @@
+"""Codebooks for vectors that somebody's model gave: codewords learned so that true neighbours are ranked first.
+
+No labels are asked for. The truth is the order of squared L2 distances among the vectors themselves; it is mined once.
+A codebook of any kind that was fitted to lower the quantization error is taken on: its codewords follow the gradient of
+a listwise loss on the very distances that the index will compute, between a query as it is and what an item's code
+stands for. Two steps take turns:
+
+    learn    codes fixed, codewords lower  listwise + |x - x^|^2: a row as query tells its true neighbours from near
+             misses and from the rest of the batch by the softmax of -|q - x^|^2 / (2 temperature)
+    encode   codes are searched for anew, as the quantizer does
+
+and at the end codewords are learned without the second term. Codes, index and search stay what they were: only the
+numbers in the codebook differ. Cells and rotation are left as they are.
+
+The last learning fits codewords to the codes of the rows learned from, so these rows should be encoded as the corpus
+will be. This module knows neither files nor how many machines there are.
+"""
+
+# Shapes: N rows, D dims, M books, K codewords, B rows of a batch, k neighbours
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from gsl_dist.codebook import Codebook
+from gsl_dist.config import Strict
+from gsl_dist.errors import BadInput
+from gsl_dist.quantizers import open_quantizer, rotate
+
+POSITIVES = 10
+_CHUNK_FLOATS = 1 << 23
+_NEAR, _FAR = 31, 32
+
+
+class RankedConfig(Strict):
+    """How codewords learn to rank."""
+
+    rounds: int = Field(default=4, ge=0, description="turns of learning and encoding")
+    steps: int = Field(default=80, ge=1, description="gradient steps of a turn")
+    last_steps: int = Field(default=160, ge=0, description="gradient steps at the end, codes fixed for good")
+    learning_rate: float = Field(default=5e-4, gt=0, description="for vectors of mean squared length 1")
+    batch_rows: int = Field(default=2048, ge=64, description="rows that meet in a step, about")
+    fidelity: float = Field(default=1.0, ge=0, description="weight of the quantization error in a turn")
+    temperature: float = Field(default=0.03, gt=0, description="of the softmax at first; it is learned")
+    softness: float = Field(default=0.1, gt=0, description="width of the border of true neighbours, in their distance")
+    neighbours: int = Field(default=200, ge=POSITIVES, description="nearest rows mined for each row")
+
+
+@dataclass(frozen=True)
+class Mined:
+    """Rows and who is nearest to each, nearest first, without the row itself.
+
+    Shapes: x_ND (N, D) float32; near_Nk (N, k) int64.
+    """
+
+    x_ND: Tensor
+    near_Nk: Tensor
+
+    @property
+    def energy(self) -> float:
+        """Give the mean squared length of the rows: rates and temperatures are meant for 1."""
+        return float(self.x_ND.square().sum(1).mean())
+
+    def reach(self, rows_B: Tensor) -> Tensor:
+        """Give the squared distance of rows to their tenth neighbour: how far a true neighbour may be."""
+        tenth_BD = self.x_ND[self.near_Nk[rows_B, POSITIVES - 1]]
+        return (self.x_ND[rows_B] - tenth_BD).square().sum(1).clamp_min(1e-6)
+
+
+def find_neighbours(x_ND: Tensor, k: int, *, queries_QD: Tensor | None = None) -> Tensor:
+    """Give the k nearest rows by squared L2, nearest first; of a row itself, without that row.
+
+    Shapes: x_ND (N, D), queries (Q, D) -> (Q, k) int64, or (N, k) where no queries are given.
+    """
+    asked_QD = x_ND if queries_QD is None else queries_QD
+    half_N = x_ND.square().sum(1) / 2
+    found = []
+    for start in range(0, len(asked_QD), rows := max(1, _CHUNK_FLOATS // len(x_ND))):
+        scores_BN = asked_QD[start : start + rows] @ x_ND.T - half_N
+        if queries_QD is None:
+            own = torch.arange(len(scores_BN))
+            scores_BN[own, start + own] = -torch.inf
+        found.append(scores_BN.topk(k, dim=1).indices)
+    return torch.cat(found)
+
+
+def mine_neighbours(x_ND: Tensor, config: RankedConfig) -> Mined:
+    """Find the true neighbours of every row among the others.
+
+    Raises:
+        BadInput: there are too few rows.
+    """
+    if len(x_ND) <= config.neighbours:
+        raise BadInput("training rows", len(x_ND), f"to mine {config.neighbours} neighbours of each, more are needed")
+    return Mined(x_ND, find_neighbours(x_ND, config.neighbours))
+
+
+def learn_ranked(
+    mined: Mined,
+    start: Codebook,
+    config: RankedConfig,
+    *,
+    seed: int,
+    on_round: Callable[[int, Codebook], None] = lambda number, codebook: None,
+) -> Codebook:
+    """Teach the codewords of a fitted codebook to rank.
+
+    Args:
+        mined: rows to learn from, and their neighbours.
+        start: the codebook; its cells and its rotation stay.
+        config: how.
+        seed: decides which rows meet.
+        on_round: called after every turn.
+    """
+    rng, quantizer, codebook = np.random.default_rng(seed), open_quantizer(start), start
+    temperature = math.log(config.temperature * mined.energy)
+    for number in range(config.rounds + 1):
+        cells_N, codes_NM = quantizer.encode(mined.x_ND, codebook)
+        words = _Words(codebook, cells_N, codes_NM.long(), temperature)
+        last = number == config.rounds
+        _descend(words, mined, config, rng, last=last)
+        codebook, temperature = words.settle()
+        on_round(number, codebook)
+    return codebook
+
+
+def draw_batch(near_Nk: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """Give the rows of a step: some at random, each with its nearest and some of its near misses.
+
+    Shapes: near_Nk (N, k) -> (B,) int64, about `size`, each once.
+    """
+    seeds = rng.choice(len(near_Nk), min(len(near_Nk), max(1, size // (1 + _NEAR + _FAR))), replace=False)
+    misses = near_Nk.shape[1] - _NEAR
+    chosen = [near_Nk[seeds, :_NEAR].flatten()]
+    if misses > 0:
+        chosen += [near_Nk[row, _NEAR + rng.permutation(misses)[:_FAR]] for row in seeds]
+    return torch.cat([torch.from_numpy(seeds), *chosen]).unique()
+
+
+def rank_in_batch(x_BD: Tensor, scores_BB: Tensor, reach_B: Tensor, softness: float) -> Tensor:
+    """Give the listwise loss of a batch: every row asks for its true neighbours among the codes of the others.
+
+    How much an item counts as a neighbour falls from 1 to 0 about the distance that `reach_B` gives. Rows none of whose
+    neighbours are in the batch do not ask.
+
+    Shapes: x_BD (B, D); scores_BB, of each row as query and each as item, larger is nearer; reach_B (B,) -> ().
+    """
+    distances_BB = torch.cdist(x_BD, x_BD).square()
+    wanted_BB = torch.sigmoid((reach_B[:, None] - distances_BB) / (softness * reach_B[:, None]))
+    wanted_BB.fill_diagonal_(0)
+    weight_B = wanted_BB.sum(1)
+    asks_B = (weight_B > 0.5).float()
+    own_BB = torch.eye(len(x_BD), dtype=torch.bool, device=x_BD.device)
+    logs_BB = F.log_softmax(scores_BB.masked_fill(own_BB, -1e4), dim=1)
+    each_B = -(wanted_BB * logs_BB).sum(1) / weight_B.clamp_min(1e-6)
+    return (each_B * asks_B).sum() / asks_B.sum().clamp_min(1)
+
+
+class _Words:
+    """What gradients move, the codewords and the logarithm of the temperature, and the codes that hold still."""
+
+    def __init__(self, codebook: Codebook, cells_N: Tensor, codes_NM: Tensor, temperature: float) -> None:
+        self.codebook, self.cells_N, self.codes_NM = codebook, cells_N, codes_NM
+        self.books_MKd = torch.tensor(codebook.books).requires_grad_()
+        self.coarse_CD = torch.tensor(codebook.coarse) * float(codebook.residual)
+        self.temperature = torch.tensor(temperature).requires_grad_()
+
+    def decode(self, rows_B: Tensor) -> Tensor:
+        """Give what the codes of rows stand for, in the codewords' frame: (B,) -> (B, D)."""
+        parts = [words_Kd[code_B] for words_Kd, code_B in zip(self.books_MKd, self.codes_NM[rows_B].T, strict=True)]
+        whole_BD = torch.stack(parts).sum(0) if self.codebook.additive else torch.cat(parts, dim=1)
+        return whole_BD + self.coarse_CD[self.cells_N[rows_B]]
+
+    def settle(self) -> tuple[Codebook, float]:
+        """Give the codebook as it now is, and the logarithm of the temperature."""
+        return replace(self.codebook, books=self.books_MKd.detach().numpy()), float(self.temperature.detach())
+
+
+def _descend(words: _Words, mined: Mined, config: RankedConfig, rng: np.random.Generator, *, last: bool) -> None:
+    steps, rate = config.last_steps if last else config.steps, config.learning_rate * math.sqrt(mined.energy)
+    groups = [{"params": [words.books_MKd], "lr": rate}, {"params": [words.temperature], "lr": 5e-3}]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    pace = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 10) * (0.51 + 0.5 * math.cos(math.pi * step / max(1, steps)))
+    )
+    for _ in range(steps):
+        rows_B = draw_batch(mined.near_Nk, config.batch_rows, rng)
+        x_BD = rotate(mined.x_ND[rows_B], words.codebook)
+        found_BD = words.decode(rows_B)
+        scores_BB = (x_BD @ found_BD.T - found_BD.square().sum(1) / 2) / words.temperature.exp()
+        loss = rank_in_batch(x_BD, scores_BB, mined.reach(rows_B), config.softness)
+        if not last:
+            loss = loss + config.fidelity / mined.energy * (x_BD - found_BD).square().sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        pace.step()

@@ -1,0 +1,160 @@
+"""Codewords that learn to rank: neighbours and losses against loops, and more neighbours found on real images."""
+
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from gsl_dist.data import fashion_folder
+from gsl_dist.errors import BadInput
+from gsl_dist.quantizers import (
+    AdditiveConfig,
+    LloydConfig,
+    OptimizedConfig,
+    ProductConfig,
+    decode,
+    make_quantizer,
+    open_quantizer,
+    train_codebook,
+)
+from gsl_dist.ranked import (
+    Mined,
+    RankedConfig,
+    draw_batch,
+    find_neighbours,
+    learn_ranked,
+    mine_neighbours,
+    rank_in_batch,
+)
+
+QUICK = RankedConfig(
+    rounds=3, steps=40, last_steps=80, batch_rows=512, learning_rate=2e-3, neighbours=100, temperature=0.03
+)
+KINDS = {
+    "pq": ProductConfig(kind="pq", sub_vectors=4, bits=4),
+    "cells": ProductConfig(kind="pq", sub_vectors=4, bits=4, cells=4, residual=True),
+    "opq": OptimizedConfig(kind="opq", sub_vectors=4, bits=4, rotation_iterations=10),
+    "rq": AdditiveConfig(kind="rq", books=4, bits=4, joint_iterations=2),
+    "lsq": AdditiveConfig(kind="lsq", books=4, bits=4, joint_iterations=8, train_restarts=2, restarts=4),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Real images as 32 numbers each: 2,500 to search, 500 to ask."""
+    contents = pq.read_table(fashion_folder() / "database.parquet")["image"].to_pylist()[:3000]
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(content))).ravel() for content in contents]).astype(np.float64)
+    pixels -= pixels.mean(0)
+    reduced = pixels @ np.linalg.eigh(pixels.T @ pixels)[1][:, -32:]
+    rows = torch.tensor(reduced / np.sqrt(np.square(reduced).sum(1).mean()), dtype=torch.float32)
+    return rows[:2500], rows[2500:]
+
+
+def start_codebook(kind, x):
+    return train_codebook(x, make_quantizer(KINDS[kind], x.shape[1]), LloydConfig(iterations=6)).codebook
+
+
+def recall(codebook, x, queries, truth):
+    decoded = decode(*open_quantizer(codebook).encode(x, codebook), codebook)
+    found = torch.cdist(queries, decoded).topk(10, largest=False).indices
+    return np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), truth.tolist(), strict=True)])
+
+
+def test_neighbours_equal_brute_force_and_leave_the_row_itself_out(monkeypatch):
+    x, queries = torch.randn(200, 6), torch.randn(9, 6)
+    plain = torch.cdist(x, x).fill_diagonal_(torch.inf).argsort(1)[:, :7]
+    assert torch.equal(find_neighbours(x, 7), plain)
+    assert torch.equal(find_neighbours(x, 7, queries_QD=queries), torch.cdist(queries, x).argsort(1)[:, :7])
+    monkeypatch.setattr("gsl_dist.ranked._CHUNK_FLOATS", 700)
+    assert torch.equal(find_neighbours(x, 7), plain)
+
+
+def test_a_batch_holds_each_row_once_and_the_nearest_of_its_seeds():
+    near = find_neighbours(torch.randn(500, 8), 100)
+    rows = draw_batch(near, 256, np.random.default_rng(0))
+    assert len(rows.unique()) == len(rows) and int(rows.min()) >= 0 and int(rows.max()) < 500
+    seeds = np.random.default_rng(0).choice(500, 4, replace=False)
+    assert set(near[seeds, :31].flatten().tolist()) <= set(rows.tolist())
+
+
+def test_the_reach_of_a_row_is_the_distance_of_its_tenth_neighbour():
+    x = torch.randn(50, 4)
+    mined = mine_neighbours(x, RankedConfig(neighbours=20))
+    plain = torch.cdist(x, x).square().sort(1).values[:, 10]
+    torch.testing.assert_close(mined.reach(torch.arange(50)), plain)
+
+
+def test_the_listwise_loss_equals_a_loop():
+    x, scores, losses = torch.randn(12, 4) / 2, torch.randn(12, 12), []
+    for row in range(12):
+        others = [other for other in range(12) if other != row]
+        wanted = torch.stack([torch.sigmoid((0.8 - (x[row] - x[o]).square().sum()) / (0.1 * 0.8)) for o in others])
+        if wanted.sum() > 0.5:
+            losses.append(-(wanted / wanted.sum() * scores[row, others].log_softmax(0)).sum())
+    assert losses
+    measured = rank_in_batch(x, scores, torch.full((12,), 0.8), 0.1)
+    assert float(measured) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+
+
+def test_the_listwise_loss_is_lower_where_true_neighbours_score_higher():
+    x = torch.randn(30, 4)
+    near, reach = -torch.cdist(x, x).square(), torch.cdist(x, x).square().sort(1).values[:, 5]
+    assert (
+        rank_in_batch(x, near, reach, 0.1)
+        < rank_in_batch(x, 0 * near, reach, 0.1)
+        < rank_in_batch(x, -near, reach, 0.1)
+    )
+
+
+@every_kind
+def test_a_codebook_that_learned_to_rank_finds_more_true_neighbours(kind, images):
+    x, queries = images
+    codebook, truth = start_codebook(kind, x), find_neighbours(x, 10, queries_QD=queries)
+    rounds = []
+    learned = learn_ranked(mine_neighbours(x, QUICK), codebook, QUICK, seed=0, on_round=lambda n, c: rounds.append(n))
+    assert rounds == [0, 1, 2, 3]
+    assert recall(learned, x, queries, truth) > recall(codebook, x, queries, truth) + 0.005
+
+
+@every_kind
+def test_only_codewords_change(kind, images):
+    x = images[0][:800]
+    codebook = start_codebook(kind, x)
+    quick = QUICK.model_copy(update={"rounds": 0, "last_steps": 3})
+    learned = learn_ranked(mine_neighbours(x, quick), codebook, quick, seed=0)
+    assert learned.kind == codebook.kind and learned.residual == codebook.residual
+    assert np.array_equal(learned.coarse, codebook.coarse) and not np.array_equal(learned.books, codebook.books)
+    assert (learned.rotation is None) == (codebook.rotation is None)
+
+
+def test_the_size_of_the_vectors_does_not_matter(images):
+    x = images[0][:1000]
+    quick = QUICK.model_copy(update={"rounds": 1, "steps": 10, "last_steps": 10})
+    books = []
+    for scale in (1.0, 64.0):
+        codebook = start_codebook("pq", x * scale)
+        books.append(learn_ranked(mine_neighbours(x * scale, quick), codebook, quick, seed=0).books / scale)
+    np.testing.assert_allclose(*books, atol=2e-3)
+
+
+def test_a_seed_decides_what_is_learned(images):
+    x = images[0][:800]
+    quick = QUICK.model_copy(update={"rounds": 1, "steps": 5, "last_steps": 5})
+    mined, codebook = mine_neighbours(x, quick), start_codebook("pq", x)
+    one, two, other = (learn_ranked(mined, codebook, quick, seed=seed).fingerprint for seed in (1, 1, 2))
+    assert one == two != other
+
+
+def test_too_few_rows_to_mine_are_refused():
+    with pytest.raises(BadInput, match="training rows: got 100, but to mine 100 neighbours"):
+        mine_neighbours(torch.randn(100, 4), QUICK)
+
+
+def test_rows_without_neighbours_in_the_batch_do_not_ask():
+    x = torch.arange(4.0)[:, None] * 100
+    assert float(rank_in_batch(x, torch.randn(4, 4), torch.full((4,), 0.1), 0.1)) == 0
+    assert Mined(x, torch.zeros(4, 10, dtype=torch.int64)).energy == pytest.approx(35_000)
