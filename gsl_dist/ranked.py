@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict
 from gsl_dist.errors import BadInput
-from gsl_dist.quantizers import open_quantizer, rotate
+from gsl_dist.quantizers import decode, open_quantizer, rotate
 
 POSITIVES = 10
 _CHUNK_FLOATS = 1 << 23
@@ -52,6 +52,8 @@ class RankedConfig(Strict):
     temperature: float = Field(default=0.03, gt=0, description="of the softmax at first; it is learned")
     softness: float = Field(default=0.1, gt=0, description="width of the border of true neighbours, in their distance")
     neighbours: int = Field(default=200, ge=POSITIVES, description="nearest rows mined for each row")
+    sample_rows: int = Field(default=65_536, ge=1, description="rows to learn from, at most; mining looks at all pairs")
+    held_rows: int = Field(default=1000, ge=1, description="rows kept apart, as queries to measure the gain with")
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,40 @@ def learn_ranked(
         codebook, temperature = words.settle()
         on_round(number, codebook)
     return codebook
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The better of two codebooks, and the recall@10 of both on rows that were not learned from."""
+
+    codebook: Codebook
+    before: float
+    after: float
+
+
+def earn_ranked(x_ND: Tensor, start: Codebook, config: RankedConfig, *, seed: int) -> Gain:
+    """Teach a codebook to rank, and keep what was learned only if rows kept apart find more of their neighbours.
+
+    Shapes: x_ND (N, D) float32.
+    Raises:
+        BadInput: there are too few rows.
+    """
+    order_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(x_ND)))
+    held_QD, kept_ND = x_ND[order_N[: config.held_rows]], x_ND[order_N[config.held_rows :][: config.sample_rows]]
+    learned = learn_ranked(mine_neighbours(kept_ND, config), start, config, seed=seed)
+    truth_Qk = find_neighbours(kept_ND, POSITIVES, queries_QD=held_QD)
+    before, after = (measure_recall(kept_ND, held_QD, truth_Qk, codebook) for codebook in (start, learned))
+    return Gain(learned if after > before else start, before, after)
+
+
+def measure_recall(x_ND: Tensor, queries_QD: Tensor, truth_Qk: Tensor, codebook: Codebook) -> float:
+    """Give the share of the k true neighbours of queries that are among the k nearest by codes, all cells looked at.
+
+    Shapes: x_ND (N, D), queries (Q, D), truth (Q, k).
+    """
+    decoded_ND = decode(*open_quantizer(codebook).encode(x_ND, codebook), codebook)
+    found_Qk = find_neighbours(decoded_ND, truth_Qk.shape[1], queries_QD=queries_QD)
+    return float((found_Qk[:, :, None] == truth_Qk[:, None]).any(2).double().mean())
 
 
 def draw_batch(near_Nk: Tensor, size: int, rng: np.random.Generator) -> Tensor:

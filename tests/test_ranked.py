@@ -24,8 +24,10 @@ from gsl_dist.ranked import (
     Mined,
     RankedConfig,
     draw_batch,
+    earn_ranked,
     find_neighbours,
     learn_ranked,
+    measure_recall,
     mine_neighbours,
     rank_in_batch,
 )
@@ -158,3 +160,19 @@ def test_rows_without_neighbours_in_the_batch_do_not_ask():
     x = torch.arange(4.0)[:, None] * 100
     assert float(rank_in_batch(x, torch.randn(4, 4), torch.full((4,), 0.1), 0.1)) == 0
     assert Mined(x, torch.zeros(4, 10, dtype=torch.int64)).energy == pytest.approx(35_000)
+
+
+def test_what_was_learned_is_kept_only_if_rows_kept_apart_find_more(images):
+    x = images[0]
+    codebook, config = start_codebook("rq", x), QUICK.model_copy(update={"held_rows": 300})
+    gain = earn_ranked(x, codebook, config, seed=0)
+    assert gain.after > gain.before and gain.codebook.fingerprint != codebook.fingerprint
+    ruined = earn_ranked(x, codebook, config.model_copy(update={"learning_rate": 3.0}), seed=0)
+    assert ruined.after <= ruined.before == gain.before and ruined.codebook.fingerprint == codebook.fingerprint
+
+
+@every_kind
+def test_recall_by_codes_equals_that_by_brute_force(kind, images):
+    x, queries = images[0][:500], images[1][:50]
+    codebook, truth = start_codebook(kind, x), find_neighbours(x, 10, queries_QD=queries)
+    assert measure_recall(x, queries, truth, codebook) == pytest.approx(recall(codebook, x, queries, truth))

@@ -2,7 +2,8 @@
 
 `source: trained` takes the codebook that the network landed on, bit for bit. `source: fitted` trains one: workers
 embed their slice of a bounded sample and send statistics to the coordinator; nobody sees the whole corpus, and the
-driver sees no row.
+driver sees no row. With `ranked`, one worker then teaches the codewords to rank true neighbours first, on a smaller
+sample: for embeddings that somebody's model gave.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from gsl_dist.data import CorpusConfig, open_corpus
 from gsl_dist.errors import ConfigError
 from gsl_dist.fit import embed
 from gsl_dist.quantizers import LloydConfig, QuantizerConfig, Rows, make_quantizer
+from gsl_dist.ranked import Gain, RankedConfig, earn_ranked
 from gsl_dist.storage import Folder
 
 _READ_ROWS = 8192
@@ -40,6 +42,7 @@ class CodebookConfig(Strict):
     corpus: CorpusConfig | None = Field(default=None, description="what to fit to, for `fitted`")
     quantizer: QuantizerConfig | None = Field(default=None, description="the shape, for `fitted`")
     lloyd: LloydConfig = LloydConfig()
+    ranked: RankedConfig | None = Field(default=None, description="teach a fitted codebook to rank; None: leave it")
     seed: int = Field(default=0, ge=0)
     resources: Resources = Resources()
 
@@ -47,6 +50,8 @@ class CodebookConfig(Strict):
     def _has_source(self) -> CodebookConfig:
         if self.source == "trained" and (self.model is None or self.corpus or self.quantizer):
             raise ValueError("source: trained takes a model, and neither corpus nor quantizer")
+        if self.source == "trained" and self.ranked:
+            raise ValueError("source: trained is the codebook that the network landed on; ranked is for fitted")
         if self.source == "fitted" and (self.corpus is None or self.quantizer is None):
             raise ValueError("source: fitted takes a corpus and a quantizer")
         return self
@@ -69,7 +74,7 @@ def run_codebook(config: CodebookConfig, progress: Progress = stay_quiet) -> Car
     if config.source == "trained":
         codebook = load_trained_codebook(str(config.model))
     else:
-        codebook, facts["relative_error"] = _fit(config, progress)
+        codebook, facts = _fit(config, progress)
     codebook.save(folder, CODEBOOK)
     facts |= {"codebook_fingerprint": codebook.fingerprint, "source": config.source}
     dumped = json.loads(config.model_dump_json())
@@ -89,7 +94,7 @@ def load_codebook(location: str) -> Codebook:
     return Codebook.load(folder, CODEBOOK)
 
 
-def _fit(config: CodebookConfig, progress: Progress) -> tuple[Codebook, float]:
+def _fit(config: CodebookConfig, progress: Progress) -> tuple[Codebook, dict[str, Any]]:
     assert config.corpus is not None and config.quantizer is not None
     corpus = open_corpus(config.corpus)
     if config.model is None and corpus.kind != "vectors":
@@ -105,23 +110,41 @@ def _fit(config: CodebookConfig, progress: Progress) -> tuple[Codebook, float]:
         parts = [work.remote(config, agenda, Seat(coordinator, attempt, rank, workers)) for rank in range(workers)]
         progress("codebook", 0, 1, f"{workers} workers")
         trained = ray.get(parts)[0]
-    progress("codebook", 1, 1, f"quantization error {trained.relative_error:.3f}")
-    return trained.codebook, trained.relative_error
+        progress("codebook", 1, 1, f"quantization error {trained.relative_error:.3f}")
+        codebook, facts = trained.codebook, {"relative_error": trained.relative_error}
+        if config.ranked:
+            teach = ray.remote(num_cpus=config.resources.cpus, num_gpus=config.resources.gpus)(_teach)
+            progress("ranked", 0, 1, f"mining {config.ranked.neighbours} neighbours a row")
+            gain = ray.get(teach.remote(config, codebook))
+            progress("ranked", 1, 1, f"recall@10 {gain.before:.3f} before, {gain.after:.3f} after")
+            codebook, facts["ranked_recall"] = gain.codebook, {"before": gain.before, "after": gain.after}
+    return codebook, facts
 
 
 def _take_part(config: CodebookConfig, agenda: Agenda, seat: Seat) -> Any:
+    x_ND, start, total = _read_sample(config, seat.rank, seat.workers, config.lloyd.sample_rows)
+    x_ND = x_ND if len(x_ND) else torch.empty(0, agenda.dim)
+    # Rejected rows are gone from x_ND: where a slice starts then only shifts which rows seed, never what is counted.
+    return seat.attend(0, agenda, Rows(x_ND, start, total))
+
+
+def _teach(config: CodebookConfig, codebook: Codebook) -> Gain:
+    assert config.ranked is not None
+    x_ND, _, _ = _read_sample(config, 0, 1, config.ranked.sample_rows + config.ranked.held_rows)
+    return earn_ranked(x_ND, codebook, config.ranked, seed=config.seed)
+
+
+def _read_sample(config: CodebookConfig, rank: int, workers: int, rows: int) -> tuple[torch.Tensor, int, int]:
+    """Read and embed one worker's slice of a sample of the corpus: the rows, where they start, and how many in all."""
     assert config.corpus is not None
     torch.set_num_threads(config.resources.threads)
     corpus = open_corpus(config.corpus)
-    total = min(corpus.rows, config.lloyd.sample_rows)
-    sample = np.unique(np.linspace(0, corpus.rows - 1, total).astype(np.int64))
-    bounds = np.linspace(0, len(sample), seat.workers + 1).astype(int)
-    start, stop = int(bounds[seat.rank]), int(bounds[seat.rank + 1])
+    sample = np.unique(np.linspace(0, corpus.rows - 1, min(corpus.rows, rows)).astype(np.int64))
+    bounds = np.linspace(0, len(sample), workers + 1).astype(int)
+    start, stop = int(bounds[rank]), int(bounds[rank + 1])
     encoder = load_encoder(config.model)[0].to(pick_device(config.resources.gpus)) if config.model else None
     parts = []
     for first in range(start, stop, _READ_ROWS):
         items = torch.from_numpy(corpus.take(sample[first : min(stop, first + _READ_ROWS)]).items)
         parts.append(embed(encoder, items).cpu() if encoder else items)
-    x_ND = torch.cat(parts) if parts else torch.empty(0, agenda.dim)
-    # Rejected rows are gone from x_ND: where a slice starts then only shifts which rows seed, never what is counted.
-    return seat.attend(0, agenda, Rows(x_ND, start, len(sample)))
+    return torch.cat(parts) if parts else torch.empty(0), start, len(sample)
