@@ -44,6 +44,8 @@ def main() -> None:
     # The same names for the parts of a figure every time: a drawing that is drawn again is the same file.
     mpl.rcParams["svg.hashsalt"] = "gsl_dist"
     pages = [draw_experiment(path) for path in sorted((RESULTS / "experiments").glob("*.jsonl"))]
+    if (RESULTS / "labelfree.jsonl").exists():
+        pages.append(draw_labelfree(RESULTS / "labelfree.jsonl"))
     write(
         "README.md",
         "# Results\n\nRedrawn by `make results`; runs are in `benchmarks/results/experiments/`.\n\n" + "".join(pages),
@@ -66,6 +68,38 @@ def draw_experiment(path: Path) -> str:
     parts.append(f"## Settings\n\n```yaml\n{settings}```\n")
     write(f"{path.stem}.md", "\n".join(parts))
     return f"- [{title}]({path.stem}.md)\n"
+
+
+def draw_labelfree(path: Path) -> str:
+    """Write the page of codes for embeddings: recall by data, method and ranking; give its line in the list."""
+    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    commits = set()
+    for run in map(json.loads, path.read_text().splitlines()):
+        data, count, method, size, _ = run["key"]
+        rows[data, count, size, run["how"], method].append(run)
+        commits.add(run["commit"])
+    title = "Codes for embeddings without labels: recall of the true neighbours in the original space"
+    lines = [
+        f"# {title}\n",
+        f"`benchmarks/labelfree.py`; commits {', '.join(sorted(commits))}. 1,000 queries that took",
+    ]
+    lines.append("no part in training; exhaustive search; mean and standard deviation over seeds.\n")
+    tables = sorted({key[:4] for key in rows}, key=str)
+    for data, count, size, how in tables:
+        lines += [f"## {data}, {count:,} items, {size} bytes, ranked by {how}\n"]
+        lines += ["| method | recall@1 | recall@10 | recall@100 | seeds |", "|---|---|---|---|---|"]
+        for key, runs in rows.items():
+            if key[:4] == (data, count, size, how):
+                cells = [describe([run[f"recall{k}"] for run in runs]) for k in (1, 10, 100)]
+                lines.append(f"| {key[4]} | " + " | ".join(cells) + f" | {len(runs)} |")
+        lines.append("")
+    write("labelfree.md", "\n".join(lines))
+    return f"- [{title}](labelfree.md)\n"
+
+
+def describe(values: list[float]) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
 
 
 def read_runs(path: Path) -> tuple[Runs, set[str]]:
