@@ -194,14 +194,12 @@ class SnappingLayer(nn.Module):
 
         Shapes: grad_ND (N, D); rest_ND (N, D), what the codewords stand for of each row -> (N, D).
         """
-        turned_ND = _turn(grad_ND, self.codebook)
-        near_NG1d = self._find_near(rest_ND, 1)
-        blocks = (len(grad_ND), near_NG1d.shape[1], near_NG1d.shape[3])
-        grad_NGd = turned_ND.reshape(blocks)
+        blocks = (1 if self.codebook.additive else self.codebook.sub_vectors, -1)
+        grad_NGd = _turn(grad_ND, self.codebook).unflatten(1, blocks)
         bent_NGd, aligned_NG = snap_gradient(
             grad_NGd,
-            rest_ND.reshape(blocks),
-            lambda k: near_NG1d if k == 1 else self._find_near(rest_ND, k),
+            rest_ND.unflatten(1, blocks),
+            lambda k: self._find_near(rest_ND, k),
             self.config,
             rows=len(grad_ND) * self.workers,
         )

@@ -172,13 +172,75 @@ def pack_bit_by_bit(codes, bits):
     return rows
 
 
-def decode_in_loops(cells, codes, coarse, books, residual):
-    """The vectors that codes stand for, number by number."""
+def decode_in_loops(cells, codes, coarse, books, residual, *, additive=False, rotation=None):
+    """The vectors that codes stand for, number by number; with a rotation R, z stands for the x with z = R x."""
     vectors = []
     for cell, row in zip(cells, codes, strict=True):
-        vector = [float(number) for book, choice in zip(books, row, strict=True) for number in book[choice]]
-        vectors.append([x + float(c) for x, c in zip(vector, coarse[cell], strict=True)] if residual else vector)
+        words = [[float(number) for number in book[choice]] for book, choice in zip(books, row, strict=True)]
+        vector = (
+            [sum(column) for column in zip(*words, strict=True)] if additive else [a for word in words for a in word]
+        )
+        vector = [x + float(c) for x, c in zip(vector, coarse[cell], strict=True)] if residual else vector
+        if rotation is not None:
+            vector = [_dot(column, vector) for column in zip(*rotation, strict=True)]
+        vectors.append(vector)
     return vectors
+
+
+def beam_in_loops(row, books, width):
+    """The best sums that a beam finds, nearest first: pairs of a code and what it leaves over."""
+    kept = [((), row)]
+    for book in books:
+        tried = [
+            ((*code, word), [a - c for a, c in zip(rest, numbers, strict=True)])
+            for code, rest in kept
+            for word, numbers in enumerate(book)
+        ]
+        kept = sorted(tried, key=lambda pair: _dot(pair[1], pair[1]))[:width]
+    return kept
+
+
+def sum_exhaustively(row, books):
+    """All sums of one codeword of each book, nearest first: pairs of a code and what it leaves over."""
+    found = []
+    for code in itertools.product(*(range(len(book)) for book in books)):
+        words = [book[word] for book, word in zip(books, code, strict=True)]
+        found.append((code, [a - sum(column) for a, column in zip(row, zip(*words, strict=True), strict=True)]))
+    return sorted(found, key=lambda pair: _dot(pair[1], pair[1]))
+
+
+def descend_in_loops(row, code, books, sweeps):
+    """Choose again in every book with the others fixed, sweep after sweep."""
+    code = list(code)
+    for _ in range(sweeps):
+        for place, book in enumerate(books):
+            others = [books[m][word] for m, word in enumerate(code) if m != place]
+            rest = [a - sum(column) for a, column in zip(row, zip(*others, strict=True), strict=True)]
+            reach = [math.dist(rest, numbers) for numbers in book]
+            code[place] = reach.index(min(reach))
+    return code
+
+
+def count_choices(rows, codes, books, words):
+    """How often each two codewords were chosen for one row, and the sum of the rows of each codeword."""
+    met = [[0] * (books * words) for _ in range(books * words)]
+    sums = [[0.0] * len(rows[0]) for _ in range(books * words)]
+    for row, code in zip(rows, codes, strict=True):
+        places = [book * words + word for book, word in enumerate(code)]
+        for one, other in itertools.product(places, places):
+            met[one][other] += 1
+        for place in places:
+            sums[place] = [a + b for a, b in zip(sums[place], row, strict=True)]
+    return met, sums
+
+
+def deal_in_loops(variances, parts):
+    """Deal variances, largest first, each to the part whose product is least; those dealt to each part."""
+    dealt = [[] for _ in range(parts)]
+    for variance in sorted(variances, reverse=True):
+        open_parts = [part for part in dealt if len(part) < len(variances) // parts]
+        min(open_parts, key=lambda part: math.prod(v / min(variances) for v in part)).append(variance)
+    return dealt
 
 
 def merge_by_sorting(answers, k):

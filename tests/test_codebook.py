@@ -17,6 +17,13 @@ def make_codebook(bits=4, sub_vectors=3, cells=5, residual=True, seed=0):
     return Codebook(coarse=rng.normal(size=(cells, sub_vectors * 2)), books=books, residual=residual)
 
 
+def make_additive(kind="rq", *, bits=3, choices=4, dim=6, rotated=False, seed=0):
+    rng = np.random.default_rng(seed)
+    rotation = np.linalg.qr(rng.normal(size=(dim, dim)))[0] if rotated else None
+    books = rng.normal(size=(choices, 1 << bits, dim))
+    return Codebook(coarse=rng.normal(size=(5, dim)), books=books, residual=True, kind=kind, rotation=rotation)
+
+
 def make_codes(codebook, rows=13, seed=1):
     return np.random.default_rng(seed).integers(codebook.codewords, size=(rows, codebook.sub_vectors))
 
@@ -64,12 +71,45 @@ def test_sizes_are_read_from_the_arrays():
     assert (codebook.bits, codebook.code_bits, codebook.code_bytes) == (5, 15, 2)
 
 
+@pytest.mark.parametrize("kind", ["rq", "lsq"])
+def test_sizes_of_codewords_that_add_up_are_read_from_the_arrays(kind):
+    codebook = make_additive(kind)
+    assert (codebook.dim, codebook.cells, codebook.sub_vectors, codebook.codewords) == (6, 5, 4, 8)
+    assert (codebook.bits, codebook.code_bits, codebook.code_bytes, codebook.additive) == (3, 12, 2, True)
+    assert not make_codebook().additive
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("kind", ["pq", "rq", "lsq"])
+def test_decoding_every_kind_equals_the_loop(kind, rotated, residual):
+    rotation = np.linalg.qr(np.random.default_rng(7).normal(size=(6, 6)))[0] if rotated else None
+    codebook = make_codebook() if kind == "pq" else make_additive(kind)
+    codebook = dataclasses.replace(codebook, residual=residual, rotation=rotation)
+    codes, cells = make_codes(codebook), np.arange(13) % 5
+    slow = decode_in_loops(
+        cells, codes, codebook.coarse, codebook.books, residual, additive=kind != "pq", rotation=rotation
+    )
+    np.testing.assert_allclose(codebook.decode(cells, codes), slow, atol=1e-5)
+    assert codebook.decode(cells[:0], codes[:0]).shape == (0, 6)
+
+
+def test_turning_there_and_back_changes_nothing():
+    codebook, x = make_additive(rotated=True), np.random.default_rng(1).normal(size=(9, 6)).astype(np.float32)
+    turned = codebook.rotate(x)
+    np.testing.assert_allclose(turned @ codebook.rotation, x, atol=1e-5)
+    np.testing.assert_allclose(turned[2], codebook.rotation @ x[2], atol=1e-5)
+    assert make_additive().rotate(x) is x
+
+
 def test_a_codebook_cannot_be_changed():
     codebook = make_codebook()
     with pytest.raises(ValueError, match="read-only"):
         codebook.books[0, 0, 0] = 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         codebook.residual = True
+    with pytest.raises(ValueError, match="read-only"):
+        make_additive(rotated=True).rotation[0, 0] = 1
 
 
 def test_the_fingerprint_depends_on_every_array_and_flag():
@@ -98,6 +138,55 @@ def test_a_saved_codebook_comes_back_bit_for_bit(tmp_path, residual):
     assert loaded.coarse.tobytes() == codebook.coarse.tobytes() and loaded.books.tobytes() == codebook.books.tobytes()
 
 
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("kind", ["rq", "lsq"])
+def test_a_saved_codebook_of_any_kind_comes_back_with_its_rotation(tmp_path, kind, rotated):
+    codebook, folder = make_additive(kind, rotated=rotated), Folder(tmp_path)
+    codebook.save(folder, "c.safetensors")
+    loaded = Codebook.load(folder, "c.safetensors")
+    assert (loaded.fingerprint, loaded.kind) == (codebook.fingerprint, kind)
+    assert list(loaded.arrays()) == ["coarse", "books"] + ["rotation"] * rotated
+    for name, array in codebook.arrays().items():
+        assert loaded.arrays()[name].tobytes() == array.tobytes()
+
+
+def test_the_fingerprint_depends_on_the_kind_and_every_number_of_the_rotation():
+    plain = make_additive(rotated=True)
+    moved = plain.rotation.copy()
+    moved[3, 4] = np.nextafter(moved[3, 4], np.float32(9))
+    others = [
+        dataclasses.replace(plain, kind="lsq"),
+        dataclasses.replace(plain, rotation=moved),
+        dataclasses.replace(plain, rotation=plain.rotation.T),
+        dataclasses.replace(plain, rotation=None),
+        dataclasses.replace(plain, rotation=np.eye(6)),
+    ]
+    assert len({codebook.fingerprint for codebook in [plain, *others]}) == 6
+    assert make_additive(rotated=True).fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rotation": np.eye(5)},
+        {"rotation": np.eye(6)[:5]},
+        {"rotation": np.eye(6)[None]},
+        {"coarse": np.zeros((5, 7))},
+        {"coarse": np.zeros(6)},
+        {"books": np.zeros((4, 8, 5))},
+        {"books": np.zeros((4, 7, 6))},
+        {"books": np.zeros((4, 6))},
+        {"kind": "opq"},
+        {"kind": "pq"},
+        {"kind": ""},
+    ],
+    ids=str,
+)
+def test_arrays_that_do_not_fit_together_are_refused(wrong):
+    with pytest.raises(AssertionError):
+        dataclasses.replace(make_additive(rotated=True), **wrong)
+
+
 def test_saving_twice_gives_the_same_bytes(tmp_path):
     folder = Folder(tmp_path)
     for name in ("a", "b"):
@@ -105,10 +194,12 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
     assert folder.read_bytes("a") == folder.read_bytes("b")
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(params=["pq", "rq"])
+def saved(tmp_path, request):
     folder = Folder(tmp_path)
-    make_codebook(bits=2, sub_vectors=2, cells=2).save(folder, "c")
+    plain = make_codebook(bits=2, sub_vectors=2, cells=2)
+    turned = make_additive(bits=1, choices=2, dim=2, rotated=True)
+    (plain if request.param == "pq" else turned).save(folder, "c")
     return folder, (tmp_path / "c").read_bytes()
 
 
@@ -176,6 +267,11 @@ FLAGS = {"kind": "pq", "residual": True, "fingerprint": "0" * 32}
         (ARRAYS | {"books": np.zeros((2, 3, 2), np.float32)}, {"gsl_codebook": json.dumps(FLAGS)}),
         (ARRAYS | {"books": np.zeros((2, 0, 2), np.float32)}, {"gsl_codebook": json.dumps(FLAGS)}),
         (ARRAYS | {"books": np.zeros((2, 512, 2), np.float32)}, {"gsl_codebook": json.dumps(FLAGS)}),
+        (ARRAYS | {"rotation": np.eye(3, dtype=np.float32)}, {"gsl_codebook": json.dumps(FLAGS)}),
+        (ARRAYS | {"turn": np.eye(4, dtype=np.float32)}, {"gsl_codebook": json.dumps(FLAGS)}),
+        (ARRAYS, {"gsl_codebook": json.dumps(FLAGS | {"kind": "rq"})}),
+        (ARRAYS, {"gsl_codebook": json.dumps(FLAGS | {"kind": "opq"})}),
+        (ARRAYS, {"gsl_codebook": json.dumps(FLAGS | {"kind": 3})}),
     ],
 )
 def test_tensors_that_are_no_codebook_are_refused(tmp_path, arrays, header):

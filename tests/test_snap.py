@@ -1,5 +1,7 @@
 """The snapping layer against loops written from its formulas, and the three properties that it claims."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,15 +9,26 @@ from pydantic import ValidationError
 from reference import snap_in_loops
 
 from gsl_dist.codebook import Codebook
+from gsl_dist.quantizers import AdditiveConfig, decode, make_quantizer, open_quantizer, rotate
 from gsl_dist.quantizers.product import find_codewords
 from gsl_dist.snap import SnapConfig, SnappingLayer
 from gsl_dist.snap import snap_gradient as snap_near
 
 ON_THE_LINE = ("project", "norm", "clamp", "rescale")
 VARIANTS = (*ON_THE_LINE, "blend", "add")
+COUPLED = ("penalty", "surgery")
 FALLBACKS = ("pass", "zero", "widen", "orthogonal")
+SHAPES = [
+    (kind, rotated, residual) for kind in ("pq", "rq", "lsq") for rotated in (False, True) for residual in (False, True)
+]
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_coupling = pytest.mark.parametrize("variant", COUPLED)
 every_fallback = pytest.mark.parametrize("fallback", FALLBACKS)
+every_shape = pytest.mark.parametrize(
+    ("kind", "rotated", "residual"),
+    SHAPES,
+    ids=[f"{kind}{' rotated' * rotated}{' residual' * residual}" for kind, rotated, residual in SHAPES],
+)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 
@@ -29,10 +42,59 @@ def make_blocks(*, rows=24, parts=3, words=8, dims=4, dtype=torch.float64, seed=
     return [torch.randn(shape, generator=draw, dtype=dtype) for shape in shapes]
 
 
-def make_codebook(*, dim=6, parts=2, words=8, cells=1, residual=False, seed=0):
+def make_codebook(kind="pq", rotated=False, *, dim=6, parts=2, words=8, cells=1, residual=False, seed=0):
     rng = np.random.default_rng(seed)
     coarse = rng.normal(size=(cells, dim)) * 3 if cells > 1 else np.zeros((1, dim))
-    return Codebook(coarse=coarse, books=rng.normal(size=(parts, words, dim // parts)), residual=residual)
+    books = rng.normal(size=(parts, words, dim // parts if kind == "pq" else dim))
+    rotation = np.linalg.qr(rng.normal(size=(dim, dim)))[0] if rotated else None
+    return Codebook(coarse=coarse, books=books, residual=residual, kind=kind, rotation=rotation)
+
+
+def make_shape(kind, rotated, residual):
+    """Give a codebook of few enough sums that the beam of a snapping layer holds them all."""
+    return make_codebook(kind, rotated, words=4, cells=3 if residual else 1, residual=residual)
+
+
+def make_batch(rows=40, dim=6, *, dtype=torch.float64, seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, dim, generator=draw, dtype=dtype) for _ in range(2)]
+
+
+def send_back(layer, y, grad):
+    """Give the gradient that reaches y when `grad` comes back."""
+    y = y.clone().requires_grad_()
+    layer(y).backward(grad)
+    return y.grad
+
+
+def quantize(y, codebook):
+    """Give what the nearest code of each row stands for, with a search that drops nothing."""
+    config = AdditiveConfig(kind="rq", books=codebook.sub_vectors, bits=codebook.bits, beam=16)
+    quantizer = make_quantizer(config, codebook.dim) if codebook.additive else open_quantizer(codebook)
+    cells_N, codes = quantizer.encode(y, codebook)
+    return decode(cells_N, codes, codebook).to(y.dtype)
+
+
+def list_candidates(codebook):
+    """Give the codewords of each block: those of each book, or all the sums."""
+    if not codebook.additive:
+        return codebook.books.tolist()
+    return [[np.sum(words, axis=0).tolist() for words in itertools.product(*codebook.books.astype(np.float64))]]
+
+
+def snap_slowly(grad, y, codebook, config):
+    """Bend the gradients of a batch in loops: turned, without what the cell explains, block by block, turned back."""
+    turned, rest = rotate(grad, codebook), rotate(y, codebook)
+    if codebook.residual:
+        coarse = torch.tensor(codebook.coarse, dtype=y.dtype)
+        rest = torch.stack([row - min(coarse, key=lambda cell: float((row - cell).norm())) for row in rest])
+    blocks = (1 if codebook.additive else codebook.sub_vectors, -1)
+    bent, aligned, pulls = snap_in_loops(
+        turned.unflatten(1, blocks).tolist(), rest.unflatten(1, blocks).tolist(), list_candidates(codebook), config
+    )
+    bent = torch.tensor(bent, dtype=y.dtype).flatten(1)
+    back = bent if codebook.rotation is None else bent @ torch.tensor(codebook.rotation, dtype=y.dtype)
+    return back, turned.unflatten(1, blocks), torch.tensor(aligned), pulls
 
 
 def snap_gradient(grad, y, books, config):
@@ -40,8 +102,8 @@ def snap_gradient(grad, y, books, config):
     return snap_near(grad, y, lambda k: find_codewords(y, books, k), config)
 
 
-def make_layer(config, codebook):
-    layer = SnappingLayer(config)
+def make_layer(config, codebook, *, workers=1):
+    layer = SnappingLayer(config, workers=workers)
     layer.set_codebook(codebook)
     return layer
 
@@ -247,6 +309,149 @@ def test_cells_without_residuals_do_not_move_what_is_snapped():
     assert torch.equal(*grads)
 
 
+@every_shape
+@every_fallback
+@every_variant
+def test_the_layer_equals_the_loop_among_blocks_and_sums_turned_or_not(variant, fallback, kind, rotated, residual):
+    config, codebook = make_config(variant, fallback), make_shape(kind, rotated, residual)
+    y, grad = make_batch()
+    slow, _, aligned, _ = snap_slowly(grad, y, codebook, config)
+    torch.testing.assert_close(send_back(make_layer(config, codebook), y, grad), slow, rtol=1e-4, atol=1e-5)
+    assert aligned.any() and (fallback == "widen" or not aligned.all())
+
+
+@every_shape
+@every_fallback
+@every_variant
+def test_the_three_properties_hold_among_blocks_and_sums_turned_or_not(variant, fallback, kind, rotated, residual):
+    config, codebook = make_config(variant, fallback), make_shape(kind, rotated, residual)
+    y, grad = make_batch()
+    grad[:3] = 0
+    bent = send_back(make_layer(config, codebook), y, grad)
+    assert ((grad * bent).sum(1) >= -1e-6 * grad.square().sum(1)).all()
+    assert not bent[:3].any()
+    _, _, aligned, pulls = snap_slowly(grad, y, codebook, config)
+    turned = rotate(bent, codebook).reshape(len(y), aligned.shape[1], -1)
+    for row, block in aligned.nonzero().tolist():
+        step, pull = -turned[row, block], torch.tensor(pulls[row][block], dtype=y.dtype)
+        toward = float(step @ pull)
+        assert toward > 0
+        short = 0.99 * 2 * toward / float(step @ step)
+        assert (pull - short * step).norm() < pull.norm()
+
+
+@every_fallback
+@pytest.mark.parametrize("kind", ["pq", "rq", "lsq"])
+@every_variant
+def test_behind_a_rotation_the_layer_snaps_as_without_one_on_turned_rows(variant, kind, fallback):
+    config, codebook = make_config(variant, fallback), make_shape(kind, rotated=True, residual=True)
+    plain = Codebook(coarse=codebook.coarse, books=codebook.books, residual=True, kind=kind)
+    y, grad = make_batch()
+    turned = send_back(make_layer(config, plain), rotate(y, codebook), rotate(grad, codebook))
+    bent = send_back(make_layer(config, codebook), y, grad)
+    torch.testing.assert_close(rotate(bent, codebook), turned, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(bent, send_back(make_layer(config, plain), y, grad))
+
+
+@pytest.mark.parametrize("kind", ["rq", "lsq"])
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+def test_with_one_candidate_a_whole_row_is_pulled_to_what_its_code_stands_for(kind, rotated):
+    codebook = make_shape(kind, rotated, residual=True)
+    y, grad = make_batch()
+    bent = send_back(make_layer(make_config("norm", "zero", neighbours=1), codebook), y, grad)
+    pull = quantize(y, codebook) - y
+    downhill = (grad * pull).sum(1) < 0
+    wanted = -grad.norm(dim=1, keepdim=True) * pull / pull.norm(dim=1, keepdim=True) * downhill[:, None]
+    torch.testing.assert_close(bent, wanted, rtol=1e-4, atol=1e-5)
+    assert downhill.any() and not downhill.all()
+
+
+def descend(y, target, weights, *, weight, quantized):
+    """Give the gradient of a similarity loss plus a share of the mean quantization error, by autograd."""
+    y = y.clone().requires_grad_()
+    loss = ((y - target).square() * weights).sum().log1p()
+    (loss + weight * (y - quantized).square().sum(1).mean()).backward()
+    return y.grad
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@every_shape
+def test_penalty_equals_the_gradient_of_a_loss_with_the_quantization_error_added(kind, rotated, residual, workers):
+    codebook = make_shape(kind, rotated, residual)
+    y, target = make_batch()
+    weights = torch.linspace(0.1, 1, 6, dtype=y.dtype)
+    plain = descend(y, target, weights, weight=0, quantized=y)
+    wanted = descend(y, target, weights, weight=0.7, quantized=quantize(y, codebook))
+    layers = [make_layer(SnapConfig(variant="penalty", weight=0.7), codebook, workers=workers) for _ in range(workers)]
+    parts = zip(layers, y.chunk(workers), plain.chunk(workers), strict=True)
+    found = torch.cat([send_back(layer, part, grad) for layer, part, grad in parts])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(found, plain, rtol=1e-2)
+
+
+@every_shape
+def test_surgery_takes_from_the_penalty_what_goes_against_the_gradient_and_nothing_else(kind, rotated, residual):
+    codebook = make_shape(kind, rotated, residual)
+    y, grad = make_batch()
+    bent, penalty = (
+        send_back(make_layer(SnapConfig(variant=variant, weight=8.0), codebook), y, grad) for variant in COUPLED[::-1]
+    )
+    along, size = (grad * bent).sum(1), grad.square().sum(1)
+    assert (along >= size - 1e-6).all()
+    conflict = (grad * (penalty - grad)).sum(1) < 0
+    assert conflict.any() and not conflict.all()
+    torch.testing.assert_close(bent[~conflict], penalty[~conflict])
+    torch.testing.assert_close(along[conflict], size[conflict])
+    # What is taken away lies along the gradient.
+    taken = torch.nn.functional.cosine_similarity(penalty - bent, grad, dim=1)[conflict]
+    torch.testing.assert_close(taken, -torch.ones_like(taken))
+
+
+@every_coupling
+def test_the_force_of_a_penalty_does_not_depend_on_how_a_batch_is_shared(variant):
+    config, codebook = SnapConfig(variant=variant, weight=3.0), make_codebook()
+    y, grad = make_batch()
+    whole = send_back(make_layer(config, codebook), y, grad)
+    for workers in (2, 4):
+        layer = make_layer(config, codebook, workers=workers)
+        parts = [send_back(layer, part, g) for part, g in zip(y.chunk(workers), grad.chunk(workers), strict=True)]
+        torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@every_coupling
+def test_without_weight_nothing_is_coupled(variant):
+    y, grad = make_batch()
+    assert torch.equal(send_back(make_layer(SnapConfig(variant=variant, weight=0), make_codebook()), y, grad), grad)
+
+
+@every_shape
+@pytest.mark.parametrize("variant", ["none", "add", "project", "penalty"])
+def test_the_loss_sees_decoded_rows_and_the_gradient_comes_back_as_if_it_had_not(variant, kind, rotated, residual):
+    codebook = make_shape(kind, rotated, residual)
+    y, grad = make_batch()
+    decoded, plain = (
+        make_layer(make_config(variant, forward=forward), codebook) for forward in ("decoded", "identity")
+    )
+    torch.testing.assert_close(decoded(y), quantize(y, codebook), rtol=1e-4, atol=1e-5)
+    assert plain(y) is y or torch.equal(plain(y), y)
+    bent = send_back(decoded, y, grad)
+    if variant == "none":
+        torch.testing.assert_close(bent, grad)
+    else:
+        torch.testing.assert_close(bent, send_back(plain, y, grad))
+        assert not torch.allclose(bent, grad)
+    decoded.eval()
+    assert decoded(y) is y
+
+
+def test_decoded_rows_are_those_of_the_codes_that_an_index_holds():
+    codebook = make_codebook(cells=4, residual=True, rotated=True)
+    y, _ = make_batch(dtype=torch.float32)
+    cells_N, codes = open_quantizer(codebook).encode(y, codebook)
+    seen = make_layer(make_config("none", forward="decoded"), codebook)(y)
+    np.testing.assert_allclose(seen, codebook.decode(cells_N.numpy(), codes.numpy()), atol=1e-5)
+
+
 @pytest.mark.parametrize("reason", ["no codebook", "codebook taken away", "evaluation", "variant none"])
 def test_the_layer_does_nothing(reason):
     layer = make_layer(make_config("none" if reason == "variant none" else "norm"), make_codebook())
@@ -294,3 +499,29 @@ def test_health_over_two_batches_is_the_mean_over_their_rows():
             layer(x.clone().requires_grad_()).backward(g)
         parts.append(layer.take_health())
     assert vars(parts[0]) == pytest.approx(vars(parts[1]))
+
+
+@pytest.mark.parametrize("variant", ["none", *COUPLED])
+def test_health_of_what_never_falls_back_is_that_of_whole_rows(variant):
+    codebook = make_codebook("rq", rotated=True)
+    y, grad = make_batch()
+    layer = make_layer(SnapConfig(variant=variant, weight=5.0, forward="decoded"), codebook)
+    bent, health = send_back(layer, y, grad), layer.take_health()
+    assert health.fallback_rate == 0
+    cosine = torch.nn.functional.cosine_similarity(bent, grad, dim=1)
+    assert health.cosine == pytest.approx(float(cosine.mean()))
+    assert health.energy == pytest.approx(float((bent.norm(dim=1) / grad.norm(dim=1)).square().mean()))
+    assert (health.energy == pytest.approx(1)) == (variant == "none")
+
+
+@every_variant
+def test_health_of_sums_counts_rows_where_that_of_product_codes_counts_blocks(variant):
+    y, grad = make_batch()
+    for kind in ("pq", "rq"):
+        config, codebook = make_config(variant, "zero"), make_shape(kind, rotated=True, residual=False)
+        layer = make_layer(config, codebook)
+        bent, health = send_back(layer, y, grad), layer.take_health()
+        _, blocks, aligned, _ = snap_slowly(grad, y, codebook, config)
+        assert aligned.shape == blocks.shape[:2] == (40, 2 if kind == "pq" else 1)
+        assert health.fallback_rate == pytest.approx(1 - float(aligned.float().mean()))
+        assert health.energy == pytest.approx(float((bent.norm(dim=1) / grad.norm(dim=1)).square().mean()))

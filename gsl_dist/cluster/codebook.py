@@ -18,15 +18,16 @@ import torch
 from pydantic import Field, model_validator
 
 from gsl_dist.artefact import Card, find_finished, open_card, publish_card
-from gsl_dist.cluster.coordinator import Agenda, Seat, start_coordinator
+from gsl_dist.cluster.coordinator import Agenda, Seat, check_rows, start_coordinator
 from gsl_dist.cluster.model import CODEBOOK, load_encoder, load_trained_codebook, pick_device
-from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
+from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet, watch_remarks
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import CorpusConfig, open_corpus
 from gsl_dist.errors import ConfigError
 from gsl_dist.fit import embed
-from gsl_dist.quantizers import LloydConfig, QuantizerConfig, Rows, make_quantizer
+from gsl_dist.quantizers import LloydConfig, QuantizerConfig, Rows, Trained, make_quantizer
+from gsl_dist.quantizers.coordinate import Turn
 from gsl_dist.ranked import Gain, RankedConfig, earn_ranked
 from gsl_dist.storage import Folder
 
@@ -100,7 +101,7 @@ def _fit(config: CodebookConfig, progress: Progress) -> tuple[Codebook, dict[str
     if config.model is None and corpus.kind != "vectors":
         raise ConfigError("model", None, "a corpus of images needs a model that turns them into vectors")
     dim = load_encoder(config.model)[0].dim if config.model else corpus.item_shape[0]
-    make_quantizer(config.quantizer, dim)
+    check_rows(corpus.rows, config.lloyd, make_quantizer(config.quantizer, dim))
     start_session(config.resources.workers * config.resources.cpus)
     workers = config.resources.workers
     agenda = Agenda(config.quantizer, dim, config.lloyd, config.seed)
@@ -109,7 +110,8 @@ def _fit(config: CodebookConfig, progress: Progress) -> tuple[Codebook, dict[str
         work = ray.remote(num_cpus=config.resources.cpus, num_gpus=config.resources.gpus)(_take_part)
         parts = [work.remote(config, agenda, Seat(coordinator, attempt, rank, workers)) for rank in range(workers)]
         progress("codebook", 0, 1, f"{workers} workers")
-        trained = ray.get(parts)[0]
+        with watch_remarks(coordinator, lambda remark: _draw_turn(remark, progress)):
+            trained = ray.get(parts)[0]
         progress("codebook", 1, 1, f"quantization error {trained.relative_error:.3f}")
         codebook, facts = trained.codebook, {"relative_error": trained.relative_error}
         if config.ranked:
@@ -121,21 +123,26 @@ def _fit(config: CodebookConfig, progress: Progress) -> tuple[Codebook, dict[str
     return codebook, facts
 
 
-def _take_part(config: CodebookConfig, agenda: Agenda, seat: Seat) -> Any:
-    x_ND, start, total = _read_sample(config, seat.rank, seat.workers, config.lloyd.sample_rows)
-    x_ND = x_ND if len(x_ND) else torch.empty(0, agenda.dim)
-    # Rejected rows are gone from x_ND: where a slice starts then only shifts which rows seed, never what is counted.
-    return seat.attend(0, agenda, Rows(x_ND, start, total))
+def _draw_turn(remark: tuple[str, Turn], progress: Progress) -> None:
+    phase, turn = remark
+    progress(phase, turn.number + 1, turn.of, f"quantization error {turn.error:.3f}" if turn.error else "")
+
+
+def _take_part(config: CodebookConfig, agenda: Agenda, seat: Seat) -> Trained | None:
+    """Train the codebook with the other workers; only the first gives it to the driver."""
+    rows = _read_sample(config, seat.rank, seat.workers, config.lloyd.sample_rows)
+    trained = seat.attend(0, agenda, rows, remark=True)
+    return trained if seat.rank == 0 else None
 
 
 def _teach(config: CodebookConfig, codebook: Codebook) -> Gain:
     assert config.ranked is not None
-    x_ND, _, _ = _read_sample(config, 0, 1, config.ranked.sample_rows + config.ranked.held_rows)
-    return earn_ranked(x_ND, codebook, config.ranked, seed=config.seed)
+    rows = _read_sample(config, 0, 1, config.ranked.sample_rows + config.ranked.held_rows)
+    return earn_ranked(rows.x_ND, codebook, config.ranked, seed=config.seed)
 
 
-def _read_sample(config: CodebookConfig, rank: int, workers: int, rows: int) -> tuple[torch.Tensor, int, int]:
-    """Read and embed one worker's slice of a sample of the corpus: the rows, where they start, and how many in all."""
+def _read_sample(config: CodebookConfig, rank: int, workers: int, rows: int) -> Rows:
+    """Read and embed one worker's slice of a sample of the corpus; rows that were rejected leave their numbers free."""
     assert config.corpus is not None
     torch.set_num_threads(config.resources.threads)
     corpus = open_corpus(config.corpus)
@@ -143,8 +150,12 @@ def _read_sample(config: CodebookConfig, rank: int, workers: int, rows: int) -> 
     bounds = np.linspace(0, len(sample), workers + 1).astype(int)
     start, stop = int(bounds[rank]), int(bounds[rank + 1])
     encoder = load_encoder(config.model)[0].to(pick_device(config.resources.gpus)) if config.model else None
-    parts = []
+    x_ND = torch.empty(stop - start, encoder.dim if encoder else corpus.item_shape[0])
+    filled, rejected = 0, list[int]()
     for first in range(start, stop, _READ_ROWS):
-        items = torch.from_numpy(corpus.take(sample[first : min(stop, first + _READ_ROWS)]).items)
-        parts.append(embed(encoder, items).cpu() if encoder else items)
-    return torch.cat(parts) if parts else torch.empty(0), start, len(sample)
+        batch = corpus.take(sample[first : min(stop, first + _READ_ROWS)])
+        items = torch.from_numpy(batch.items)
+        x_ND[filled : filled + len(items)] = embed(encoder, items).cpu() if encoder else items
+        filled, rejected = filled + len(items), rejected + [reject.row for reject in batch.rejects]
+    numbers_N = np.arange(start, stop)[~np.isin(sample[start:stop], rejected)]
+    return Rows(x_ND[:filled], start, len(sample), numbers_N=numbers_N)

@@ -2,7 +2,7 @@
 
 Each worker opens a meeting by the same key and then posts its answers; when all have answered, the coordinator
 thinks, and everyone gets its next question, or the trained codebook. What travels are statistics and one bounded
-sample; what comes back is the codebook with its fingerprint.
+sample; what comes back is the codebook, once to each node: a question lies in Ray's object store for all to read.
 """
 
 from __future__ import annotations
@@ -14,8 +14,18 @@ from typing import Any
 import ray
 
 from gsl_dist.codebook import Codebook
-from gsl_dist.errors import GslError
-from gsl_dist.quantizers import Ask, LloydConfig, QuantizerConfig, Rows, Trained, answer, coordinate, make_quantizer
+from gsl_dist.errors import ConfigError, DataError, GslError
+from gsl_dist.quantizers import (
+    Ask,
+    LloydConfig,
+    Quantizer,
+    QuantizerConfig,
+    Rows,
+    Trained,
+    answer,
+    coordinate,
+    make_quantizer,
+)
 from gsl_dist.quantizers.coordinate import Coordination
 
 Step = Ask | Trained
@@ -45,13 +55,27 @@ class Seat:
     rank: int
     workers: int
 
-    def attend(self, key: int, agenda: Agenda, rows: Rows) -> Trained:
-        """Take part in training a codebook with the rows of this worker, to the end."""
+    def attend(self, key: int, agenda: Agenda, rows: Rows, *, remark: bool = False) -> Trained:
+        """Take part in training a codebook with the rows of this worker, to the end.
+
+        Args:
+            key: the meeting.
+            agenda: what is to be trained; the same from every worker.
+            rows: the rows of this worker.
+            remark: whether the first worker notes every iteration for the driver, as its phase and `Turn`.
+        """
         quantizer = make_quantizer(agenda.quantizer, agenda.dim)
-        step = ray.get(self.coordinator.open.remote(self.attempt, key, self.workers, agenda))
+        step = self._read(self.coordinator.open.remote(self.attempt, key, self.workers, agenda))
         while isinstance(step, Ask):
+            if remark and step.turn and self.rank == 0:
+                self.coordinator.remark.remote((step.phase, step.turn))
             given = answer(step, rows, quantizer)
-            step = ray.get(self.coordinator.post.remote(key, self.rank, given))
+            step = self._read(self.coordinator.post.remote(key, self.rank, given))
+        return step
+
+    def _read(self, reply: Any) -> Step:
+        [shared] = ray.get(reply)
+        step: Step = ray.get(shared)
         return step
 
 
@@ -94,9 +118,10 @@ class Coordinator:
 
     def __init__(self) -> None:
         self._attempt, self._meetings, self._remarks = "", {}, []  # type: ignore[var-annotated]
+        self._shared: tuple[Step | None, Any] = None, None
 
-    async def open(self, attempt: str, key: int, workers: int, agenda: Agenda) -> Step:
-        """Open or join the meeting `key`, and give its first question."""
+    async def open(self, attempt: str, key: int, workers: int, agenda: Agenda) -> list[Any]:
+        """Open or join the meeting `key`, and give a reference to its first question."""
         if attempt != self._attempt:
             # The workers were restarted: those still waiting in older meetings are dead.
             for meeting in self._meetings.values():
@@ -104,13 +129,11 @@ class Coordinator:
             self._attempt, self._meetings = attempt, {}
         if key not in self._meetings:
             self._meetings = {key: Meeting(agenda.begin(), workers)}
-        first: Step = self._meetings[key].first
-        return first
+        return self._share(self._meetings[key].first)
 
-    async def post(self, key: int, rank: int, given: Any) -> Step:
-        """Hand in an answer to the last question of a meeting and wait for the next."""
-        step: Step = await self._meetings[key].post(rank, given)
-        return step
+    async def post(self, key: int, rank: int, given: Any) -> list[Any]:
+        """Hand in an answer to the last question of a meeting and wait for a reference to the next."""
+        return self._share(await self._meetings[key].post(rank, given))
 
     async def remark(self, remark: Any) -> None:
         """Note something for the driver."""
@@ -120,6 +143,27 @@ class Coordinator:
         """Give what was noted since the last call."""
         taken, self._remarks = self._remarks, []
         return taken
+
+    def _share(self, step: Step) -> list[Any]:
+        if step is not self._shared[0]:
+            self._shared = step, ray.put(step)
+        # In a list, or Ray would hand over what it refers to.
+        return [self._shared[1]]
+
+
+def check_rows(corpus_rows: int, lloyd: LloydConfig, quantizer: Quantizer) -> None:
+    """See to it, before anything is started, that there are rows enough for a codebook.
+
+    Raises:
+        DataError: the corpus has fewer than that.
+        ConfigError: fewer than that are to be used.
+    """
+    if corpus_rows < quantizer.min_rows:
+        raise DataError(
+            "corpus", f"{corpus_rows} rows", f"the codebook needs at least {quantizer.min_rows} to train on"
+        )
+    if lloyd.sample_rows < quantizer.min_rows:
+        raise ConfigError("lloyd.sample_rows", lloyd.sample_rows, f"the codebook needs {quantizer.min_rows} rows")
 
 
 def start_coordinator() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,6 +66,29 @@ def find_cause(error: BaseException | None) -> GslError | None:
         queue += [getattr(link, "cause", None), link.__cause__, link.__context__]
         queue += list(getattr(link, "worker_failures", {}).values())
     return None
+
+
+@contextlib.contextmanager
+def watch_remarks(coordinator: Any, draw: Callable[[Any], None]) -> Iterator[None]:
+    """Draw what workers remark to a coordinator, while the block lasts."""
+    over = threading.Event()
+
+    def draw_new() -> None:
+        for remark in ray.get(coordinator.take_remarks.remote()):
+            draw(remark)
+
+    def poll() -> None:
+        while not over.wait(0.5):
+            draw_new()
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        draw_new()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,9 +26,9 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
 from gsl_dist.artefact import Card, find_finished
-from gsl_dist.cluster.coordinator import Agenda, Seat, start_coordinator
+from gsl_dist.cluster.coordinator import Agenda, Seat, check_rows, start_coordinator
 from gsl_dist.cluster.model import pick_device, save_model
-from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
+from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet, watch_remarks
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import Corpus, CorpusConfig, open_corpus
 from gsl_dist.encoders import EncoderConfig, TableConfig, make_encoder
@@ -122,15 +121,7 @@ def _check_settings(config: TrainConfig, corpus: Corpus) -> None:
     if not corpus.has_labels:
         raise ConfigError("corpus.label_column", config.corpus.label_column, "training needs a column of labels")
     encoder = make_encoder(config.encoder, corpus.item_shape)
-    quantizer = make_quantizer(config.quantizer, encoder.dim)
-    if corpus.rows < quantizer.min_rows:
-        raise DataError(
-            "corpus", f"{corpus.rows} rows", f"the codebook needs at least {quantizer.min_rows} to train on"
-        )
-    if config.lloyd.sample_rows < quantizer.min_rows:
-        raise ConfigError(
-            "lloyd.sample_rows", config.lloyd.sample_rows, f"the codebook needs {quantizer.min_rows} rows"
-        )
+    check_rows(corpus.rows, config.lloyd, make_quantizer(config.quantizer, encoder.dim))
 
 
 def _check_rows(config: TrainConfig, rows: TrainingSet) -> None:
@@ -173,35 +164,14 @@ def _train(config: TrainConfig, rows: Any, folder: Folder, made_by: str, progres
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    with _watch(coordinator, config.fit.epochs, progress):
+    with watch_remarks(coordinator, lambda record: _draw_epoch(record, config.fit.epochs, progress)):
         return trainer.fit()
 
 
-class _watch:  # noqa: N801 - a context manager, used like a function
-    """Draws the epochs that workers report, while the block lasts."""
-
-    def __init__(self, coordinator: Any, epochs: int, progress: Progress) -> None:
-        self._coordinator, self._epochs, self._progress = coordinator, epochs, progress
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *raised: object) -> None:
-        self._over.set()
-        self._thread.join()
-        self._draw()
-
-    def _poll(self) -> None:
-        while not self._over.wait(0.5):
-            self._draw()
-
-    def _draw(self) -> None:
-        for record in ray.get(self._coordinator.take_remarks.remote()):
-            error = record["quantization_error"]
-            remark = f"loss {record['loss']:.3f}" + (f", quantization error {error:.3f}" if error is not None else "")
-            self._progress(record["phase"], record["epoch"] + 1, self._epochs, remark)
+def _draw_epoch(record: dict[str, Any], epochs: int, progress: Progress) -> None:
+    error = record["quantization_error"]
+    remark = f"loss {record['loss']:.3f}" + (f", quantization error {error:.3f}" if error is not None else "")
+    progress(record["phase"], record["epoch"] + 1, epochs, remark)
 
 
 def _train_worker(settings: dict[str, Any]) -> GslError | None:

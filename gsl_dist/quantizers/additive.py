@@ -32,7 +32,8 @@ from torch import Tensor
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict
 from gsl_dist.quantizers.base import LloydConfig, Plan, as_tensor, decode, leave_over, rotate
-from gsl_dist.quantizers.kmeans import Stats, measure_stats, seed_centroids, update_centroids
+from gsl_dist.quantizers.cells import AUTOMATIC, CellSearch, measure_cells
+from gsl_dist.quantizers.kmeans import Stats, Touched, measure_stats, seed_centroids, update_centroids
 
 _CHUNK_FLOATS = 1 << 23
 _RIDGE = 1e-4
@@ -115,26 +116,32 @@ class AdditiveQuantizer:
         if phase == "joint":
             return codebook
         if phase == "anneal":
-            return replace(codebook, books=solve_books(codebook.books, self.assign(sample, codebook, phase)))
+            # Books of zeros have nothing to search: the codes are taken as they were drawn.
+            stats = sum_by_choice(sample.rest_ND, sample.codes_NM, as_tensor(codebook.books, sample.rest_ND))
+            return replace(codebook, books=solve_books(codebook.books, stats))
         if phase == "cells":
             return replace(codebook, coarse=seed_centroids(sample.numpy(), codebook.cells, rng)[0])
-        thinned = sample[:, :: self.config.train_beam].numpy()
-        return _replace_book(codebook, phase, seed_centroids(thinned, codebook.codewords, rng)[0])
+        # What the best sum of each row leaves; a beam is as wide as there are sums to keep.
+        kept = min(self.config.train_beam, codebook.codewords ** _stage(phase))
+        nearest = sample[:, ::kept].numpy()
+        return _replace_book(codebook, phase, seed_centroids(nearest, codebook.codewords, rng)[0])
 
-    def assign(self, prepared: Any, codebook: Codebook, phase: str) -> Stats:
+    def assign(self, prepared: Any, codebook: Codebook, phase: str, search: CellSearch = AUTOMATIC) -> Stats | Touched:
         """Measure what `update` needs of these rows; where codes are kept, they are searched further."""
         if isinstance(prepared, Coded):
             books_MKD = as_tensor(codebook.books, prepared.rest_ND)
             prepared.codes_NM = self._search_on(prepared, books_MKD)
             prepared.turn += 1
             return sum_by_choice(prepared.rest_ND, prepared.codes_NM, books_MKD)
-        centroids = codebook.coarse if phase == "cells" else codebook.books[_stage(phase)]
-        return measure_stats(prepared, as_tensor(centroids, prepared)[None])
+        if phase == "cells":
+            return measure_cells(prepared[0], codebook, search)
+        return measure_stats(prepared, as_tensor(codebook.books[_stage(phase)], prepared)[None])
 
     def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
         """Give the codebook that the statistics of all rows call for."""
         if phase in ("joint", "anneal"):
-            return replace(codebook, books=solve_books(codebook.books, stats))
+            solved = solve_books(codebook.books, stats)
+            return replace(codebook, books=solved if phase == "joint" else _gather_unused(solved, stats))
         if phase == "cells":
             return replace(codebook, coarse=update_centroids(codebook.coarse[None], stats)[0])
         book = codebook.books[_stage(phase)]
@@ -286,9 +293,10 @@ def solve_books(books_MKD: NDArray[np.float32], stats: Stats) -> NDArray[np.floa
     Shapes: books_MKD (M, K, D) -> (M, K, D) float32.
     """
     books, words, dims = books_MKD.shape
-    met = torch.from_numpy(np.asarray(stats.counts_GK)).double()
+    # Copies: what came over a wire may be read-only, and `met` is changed below.
+    met = torch.tensor(stats.counts_GK, dtype=torch.float64)
     old = torch.tensor(books_MKD.reshape(-1, dims), dtype=torch.float64)
-    wanted = torch.from_numpy(stats.sums_GKd.reshape(-1, dims)) - met @ old
+    wanted = torch.tensor(stats.sums_GKd.reshape(-1, dims)) - met @ old
     met.diagonal().add_(_RIDGE * stats.rows / words + 1e-9)
     change = torch.cholesky_solve(wanted, torch.linalg.cholesky(met))
     solved: NDArray[np.float32] = (old + change).view(books, words, dims).float().numpy()
@@ -329,13 +337,17 @@ def _sweep(z_ND: Tensor, codes_NM: Tensor, books_MKD: Tensor, sweeps: int) -> tu
     codes_NM = codes_NM.clone()
     rest_ND = z_ND - _add_up(codes_NM, books_MKD)
     norms_MK = books_MKD.square().sum(2)
+    moving = torch.arange(len(z_ND), device=z_ND.device)
     for _ in range(sweeps):
-        before_NM = codes_NM.clone()
+        before_NM, part_NM, part_ND = codes_NM[moving], codes_NM[moving], rest_ND[moving]
         for book, book_KD in enumerate(books_MKD):
-            rest_ND += book_KD[codes_NM[:, book]]
-            codes_NM[:, book] = torch.addmm(norms_MK[book], rest_ND, book_KD.T, alpha=-2).argmin(1)
-            rest_ND -= book_KD[codes_NM[:, book]]
-        if torch.equal(before_NM, codes_NM):
+            part_ND += book_KD[part_NM[:, book]]
+            part_NM[:, book] = torch.addmm(norms_MK[book], part_ND, book_KD.T, alpha=-2).argmin(1)
+            part_ND -= book_KD[part_NM[:, book]]
+        codes_NM[moving], rest_ND[moving] = part_NM, part_ND
+        # A row that a whole sweep left alone stays as it is.
+        moving = moving[(part_NM != before_NM).any(1)]
+        if not len(moving):
             break
     return codes_NM, rest_ND.square().sum(1)
 
@@ -345,6 +357,16 @@ def _add_up(codes_NM: Tensor, books_MKD: Tensor) -> Tensor:
     for book, book_KD in enumerate(books_MKD):
         total_ND += book_KD[codes_NM[:, book]]
     return total_ND
+
+
+def _gather_unused(books_MKD: NDArray[np.float32], stats: Stats) -> NDArray[np.float32]:
+    """Put codewords that nothing chose where the most chosen of their book is: shaken each time, they would stray.
+
+    Shapes: books_MKD (M, K, D) -> (M, K, D).
+    """
+    chosen_MK = np.diagonal(stats.counts_GK).reshape(books_MKD.shape[:2])
+    fullest_M1D = books_MKD[np.arange(len(books_MKD)), chosen_MK.argmax(1)][:, None]
+    return np.where(chosen_MK[..., None] > 0, books_MKD, fullest_M1D)
 
 
 def _pick(values_NLx: Tensor, from_NL: Tensor) -> Tensor:

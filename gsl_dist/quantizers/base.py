@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gsl_dist.codebook import Codebook, FloatArray
 from gsl_dist.config import Strict
-from gsl_dist.quantizers.kmeans import Stats, find_nearest
+from gsl_dist.quantizers.cells import AUTOMATIC, CellSearch, hold_cells
+from gsl_dist.quantizers.kmeans import Stats, Touched
 
 # Shapes: N vectors, D dims, M choices, Q queries; G blocks of d dims in which codewords are chosen, k neighbours
 
@@ -26,7 +27,13 @@ class LloydConfig(Strict):
 
     iterations: int = Field(default=20, ge=1, description="Lloyd's iterations for each part of a new codebook")
     refresh_iterations: int = Field(default=5, ge=1, description="the same, when it starts from an older codebook")
-    sample_rows: int = Field(default=262_144, ge=1, description="rows of the corpus that take part, at most")
+    sample_rows: int = Field(
+        default=262_144, ge=1, description="rows of the corpus that take part, at most; give 30 or more for each cell"
+    )
+    batch_share: float = Field(
+        default=1.0, gt=0, le=1, description="rows that take part in one iteration of the cells: all, or 1/2, 1/3, ..."
+    )
+    cell_search: CellSearch = AUTOMATIC
 
 
 Plan = tuple[tuple[str, int], ...]
@@ -54,8 +61,8 @@ class Quantizer(Protocol):
     def seed(self, codebook: Codebook, phase: str, sample: Any, rng: np.random.Generator) -> Codebook:
         """Give the codebook with starting values for one phase, chosen from a prepared sample."""
 
-    def assign(self, prepared: Any, codebook: Codebook, phase: str) -> Stats:
-        """Measure what `update` needs of these rows."""
+    def assign(self, prepared: Any, codebook: Codebook, phase: str, search: CellSearch = AUTOMATIC) -> Stats | Touched:
+        """Measure what `update` needs of these rows; in the phase of the cells, by the search that is asked for."""
 
     def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
         """Give the codebook that the statistics of all rows call for."""
@@ -74,13 +81,13 @@ class Quantizer(Protocol):
 
 
 def find_cells(z_ND: Tensor, codebook: Codebook) -> Tensor:
-    """Give each rotated vector its nearest cell.
+    """Give each rotated vector its nearest cell; of many cells, the nearest of those that the search looks at.
 
     Shapes: z_ND (N, D) -> (N,) int64.
     """
     if codebook.cells == 1:
         return torch.zeros(len(z_ND), dtype=torch.int64, device=z_ND.device)
-    return find_nearest(z_ND[None], as_tensor(codebook.coarse, z_ND)[None])[0][0]
+    return hold_cells(codebook, z_ND).find(z_ND)[0]
 
 
 def rotate(x_ND: Tensor, codebook: Codebook) -> Tensor:
@@ -98,7 +105,7 @@ def leave_over(x_ND: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
     """
     z_ND = rotate(x_ND, codebook)
     cells_N = find_cells(z_ND, codebook)
-    return cells_N, z_ND - as_tensor(codebook.coarse, z_ND)[cells_N] if codebook.residual else z_ND
+    return cells_N, z_ND - hold_cells(codebook, z_ND).coarse_CD[cells_N] if codebook.residual else z_ND
 
 
 def decode(cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
@@ -110,7 +117,7 @@ def decode(cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
     chosen_NMd = books_MKd[torch.arange(codebook.sub_vectors, device=codes_NM.device), codes_NM.long()]
     decoded_ND = chosen_NMd.sum(1) if codebook.additive else chosen_NMd.flatten(1)
     if codebook.residual:
-        decoded_ND = decoded_ND + as_tensor(codebook.coarse, decoded_ND)[cells_N]
+        decoded_ND = decoded_ND + hold_cells(codebook, decoded_ND).coarse_CD[cells_N]
     return decoded_ND if codebook.rotation is None else decoded_ND @ as_tensor(codebook.rotation, decoded_ND)
 
 

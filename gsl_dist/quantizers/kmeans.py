@@ -4,12 +4,18 @@
 error. Statistics of disjoint rows add up to those of the whole, so any number of workers gives the same update. The
 coordinator adds and updates; it never sees a row. G independent groups of centroids are handled side by side: one
 group for coarse cells, one a sub-vector for product codes.
+
+Up to `MANY` centroids are handled the plain way. Of more, only those travel that won rows (`Touched`), and they begin
+as rows drawn at random: k-means++ looks at the whole sample once for every centroid.
 """
 
-# Shapes: N rows, G groups, K centroids in each, d dims in each
+# Shapes: N rows, G groups, K centroids in each, d dims in each, T centroids that won rows, F full and R dead ones
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +23,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gsl_dist.codebook import FloatArray
+from gsl_dist.codebook import FloatArray, IdArray
+from gsl_dist.errors import DataError
+
+MANY = 4096
+"""Centroids of one group that are still seeded, searched and sent the plain way."""
 
 _SPLIT = 1 / 1024
-_CHUNK_FLOATS = 1 << 25
+# As many distances as fit the cache, and of a block of centroids, so that they are of many rows: twice as fast or more.
+_CHUNK_FLOATS, _CHUNK_WORDS = 1 << 20, 1 << 12
+_SUM_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -49,15 +61,57 @@ class Stats:
         return self.error / max(1, self.rows)
 
 
+@dataclass(frozen=True)
+class Touched:
+    """The statistics of one group of many centroids, without those that won no row; `add_stats` puts them together.
+
+    Shapes: touched_T (T,) int64, ascending; counts_T (T,) int64; sums_Td (T, d) float64; words: K.
+    """
+
+    touched_T: IdArray
+    counts_T: IdArray
+    sums_Td: NDArray[np.float64]
+    words: int
+    error: float
+    rows: int
+
+
+def add_stats(parts: Sequence[Stats | Touched]) -> Stats:
+    """Give the statistics of the rows of all parts, which are of one kind."""
+    touched = [part for part in parts if isinstance(part, Touched)]
+    if not touched:
+        return functools.reduce(operator.add, [part for part in parts if isinstance(part, Stats)])
+    counts_K, sums_Kd = np.zeros(touched[0].words), np.zeros((touched[0].words, touched[0].sums_Td.shape[1]))
+    for part in touched:
+        counts_K[part.touched_T] += part.counts_T
+        sums_Kd[part.touched_T] += part.sums_Td
+    return Stats(counts_K[None], sums_Kd[None], sum(part.error for part in parts), sum(part.rows for part in parts))
+
+
 def find_nearest(x_GNd: Tensor, centroids_GKd: Tensor) -> tuple[Tensor, Tensor]:
     """Give each row its nearest centroid in every group; ties go to the lowest index.
 
     Shapes: x_GNd (G, N, d), centroids_GKd (G, K, d) -> labels (G, N) int64, squared distances (G, N).
     """
-    rows = max(1, _CHUNK_FLOATS // (centroids_GKd.shape[0] * centroids_GKd.shape[1]))
-    parts = [_find_chunk(part, centroids_GKd) for part in x_GNd.split(rows, dim=1)]
-    labels, distances = zip(*parts, strict=True)
-    return torch.cat(labels, dim=1), torch.cat(distances, dim=1)
+    rows = max(1, _CHUNK_FLOATS // (centroids_GKd.shape[0] * min(centroids_GKd.shape[1], _CHUNK_WORDS)))
+    # Small results that outlive large ones would scatter the memory of these, and it would grow with the rows.
+    labels_GN = torch.empty(x_GNd.shape[:2], dtype=torch.int64, device=x_GNd.device)
+    distances_GN = x_GNd.new_empty(x_GNd.shape[:2])
+    for start in range(0, x_GNd.shape[1], rows):
+        some = slice(start, start + rows)
+        labels_GN[:, some], distances_GN[:, some] = _find_chunk(x_GNd[:, some], centroids_GKd)
+    return labels_GN, distances_GN
+
+
+def pick_least(scores_xK: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the least value along the last axis and where it stands; of equal ones, the first.
+
+    Shapes: (..., K) -> (...,), (...,) int64.
+    """
+    # On a CPU numpy finds it ten times as fast as torch.
+    on_cpu = scores_xK.device.type == "cpu"
+    places_x = torch.from_numpy(scores_xK.detach().numpy().argmin(axis=-1)) if on_cpu else scores_xK.argmin(-1)
+    return scores_xK.gather(-1, places_x[..., None])[..., 0], places_x
 
 
 def measure_stats(x_GNd: Tensor, centroids_GKd: Tensor) -> Stats:
@@ -76,9 +130,21 @@ def sum_by_label(x_GNd: Tensor, labels_GN: Tensor, distances_GN: Tensor, words: 
     sums_GKd = torch.zeros(groups, words, dims, dtype=torch.float64, device=x_GNd.device)
     counts_GK.scatter_add_(1, labels_GN, torch.ones_like(labels_GN, dtype=torch.float64))
     for group, labels_N in enumerate(labels_GN):
-        sums_GKd[group].index_add_(0, labels_N, x_GNd[group].double())
+        _add_rows(sums_GKd[group], x_GNd[group], labels_N)
     error = float(distances_GN.sum(dtype=torch.float64))
     return Stats(counts_GK.cpu().numpy(), sums_GKd.cpu().numpy(), error, rows)
+
+
+def sum_touched(x_Nd: Tensor, labels_N: Tensor, distances_N: Tensor, words: int) -> Touched:
+    """Sum up rows by the centroid that they were given, for those that were given any.
+
+    Shapes: x_Nd (N, d); labels (N,) int64 below `words`; squared distances (N,).
+    """
+    touched_T, places_N, counts_T = labels_N.unique(return_inverse=True, return_counts=True)
+    sums_Td = torch.zeros(len(touched_T), x_Nd.shape[1], dtype=torch.float64, device=x_Nd.device)
+    _add_rows(sums_Td, x_Nd, places_N)
+    arrays = touched_T.cpu().numpy(), counts_T.cpu().numpy(), sums_Td.cpu().numpy()
+    return Touched(*arrays, words, float(distances_N.sum(dtype=torch.float64)), len(x_Nd))
 
 
 def update_centroids(centroids_GKd: FloatArray, stats: Stats) -> FloatArray:
@@ -86,43 +152,103 @@ def update_centroids(centroids_GKd: FloatArray, stats: Stats) -> FloatArray:
 
     Shapes: centroids_GKd (G, K, d) -> (G, K, d) float32.
     """
-    counts = stats.counts_GK.copy()
-    means = stats.sums_GKd / np.maximum(counts, 1)[..., None]
-    moved = np.where(counts[..., None] > 0, means, centroids_GKd)
-    for group in range(len(moved)):
-        _revive_dead(moved[group], counts[group])
-    return moved.astype(np.float32)
+    alive = revive_dead(stats)
+    won_GK1 = (alive.counts_GK > 0)[..., None]
+    means = alive.sums_GKd / np.where(won_GK1, alive.counts_GK[..., None], 1)
+    return np.where(won_GK1, means, centroids_GKd).astype(np.float32)
+
+
+def revive_dead(stats: Stats) -> Stats:
+    """Give statistics in which centroids that won no row have taken over half the rows of the fullest ones.
+
+    Both halves lie a nudge from where the full one was, each to another side. One that won fewer than two rows is not
+    halved; where that leaves dead centroids, they stay dead.
+    """
+    if (stats.counts_GK > 0).all():
+        return stats
+    counts_GK, sums_GKd = stats.counts_GK.copy(), stats.sums_GKd.copy()
+    for counts_K, sums_Kd in zip(counts_GK, sums_GKd, strict=True):
+        _halve_fullest(counts_K, sums_Kd)
+    return Stats(counts_GK, sums_GKd, stats.error, stats.rows)
 
 
 def seed_centroids(sample_GNd: FloatArray, words: int, rng: np.random.Generator) -> FloatArray:
-    """Choose starting centroids among sample rows, far from one another (k-means++), in every group.
+    """Choose starting centroids among sample rows, in every group.
 
-    A sample with fewer distinct rows than centroids gives some centroids twice; the update then splits them.
+    Up to `MANY` lie far from one another (k-means++); a sample with fewer distinct rows than centroids gives some of
+    them twice, and the update then splits them. More are distinct rows drawn at random.
 
     Shapes: sample_GNd (G, N, d) -> (G, words, d) float32.
+    Raises:
+        DataError: more than `MANY` centroids, and fewer distinct rows.
     Source: Arthur and Vassilvitskii, k-means++: the advantages of careful seeding, SODA 2007.
     """
-    return np.stack([_seed_group(sample, words, rng) for sample in sample_GNd]).astype(np.float32)
+    choose = _seed_group if words <= MANY else _draw_distinct
+    return np.stack([choose(sample, words, rng) for sample in sample_GNd]).astype(np.float32)
 
 
 def _find_chunk(x_GNd: Tensor, centroids_GKd: Tensor) -> tuple[Tensor, Tensor]:
-    norms_GK = centroids_GKd.square().sum(-1)
-    # |x - c|^2 = |x|^2 + (|c|^2 - 2 x.c): the row's own norm does not change who is nearest.
-    partial_GNK = torch.baddbmm(norms_GK[:, None], x_GNd, centroids_GKd.transpose(1, 2), alpha=-2)
-    nearest, labels = partial_GNK.min(dim=-1)
-    return labels, (nearest + x_GNd.square().sum(-1)).clamp_min_(0)
+    nearest_GN = torch.full_like(x_GNd[..., 0], torch.inf)
+    labels_GN = torch.zeros(nearest_GN.shape, dtype=torch.int64, device=x_GNd.device)
+    for block, words_GWd in enumerate(centroids_GKd.split(_CHUNK_WORDS, dim=1)):
+        norms_GW = words_GWd.square().sum(-1)
+        # |x - c|^2 = |x|^2 + (|c|^2 - 2 x.c): the row's own norm does not change who is nearest.
+        partial_GNW = torch.baddbmm(norms_GW[:, None], x_GNd, words_GWd.transpose(1, 2), alpha=-2)
+        found_GN, places_GN = pick_least(partial_GNW)
+        labels_GN = torch.where(found_GN < nearest_GN, places_GN + block * _CHUNK_WORDS, labels_GN)
+        nearest_GN = torch.minimum(found_GN, nearest_GN)
+    return labels_GN, (nearest_GN + x_GNd.square().sum(-1)).clamp_min_(0)
 
 
-def _revive_dead(centroids_Kd: NDArray[np.float64], counts_K: NDArray[np.float64]) -> None:
-    for dead in np.flatnonzero(counts_K == 0):
-        fullest = int(np.argmax(counts_K))
-        if counts_K[fullest] < 2:
+def _add_rows(sums_Kd: Tensor, x_Nd: Tensor, labels_N: Tensor) -> None:
+    # Only so many rows at a time are held in float64.
+    for x, labels in zip(x_Nd.split(_SUM_ROWS), labels_N.split(_SUM_ROWS), strict=True):
+        sums_Kd.index_add_(0, labels, x.double())
+
+
+def _halve_fullest(counts_K: NDArray[np.float64], sums_Kd: NDArray[np.float64]) -> None:
+    """Halve the fullest centroid for the first dead one, the fullest then left for the next, and so on, in place."""
+    dead_R, halvings_K = np.flatnonzero(counts_K == 0), np.zeros(len(counts_K), dtype=np.int64)
+    nudges = _draw_nudges(sums_Kd.shape[1])
+    while len(dead_R):
+        # Whoever has more than half of the fullest one's rows comes before any half of it: they are halved at once.
+        full_F = np.flatnonzero((counts_K >= 2) & (counts_K > counts_K.max() / 2))
+        if not len(full_F):
             return
-        nudge = _SPLIT * np.where(np.arange(centroids_Kd.shape[1]) % 2 == 0, 1, -1)
-        origin = centroids_Kd[fullest].copy()
-        centroids_Kd[dead], centroids_Kd[fullest] = origin * (1 + nudge), origin * (1 - nudge)
-        counts_K[dead] = counts_K[fullest] / 2
-        counts_K[fullest] /= 2
+        full_F = full_F[np.argsort(-counts_K[full_F], kind="stable")][: len(dead_R)]
+        new_F, dead_R = dead_R[: len(full_F)], dead_R[len(full_F) :]
+        nudge_Fd = _SPLIT * nudges[halvings_K[full_F]]
+        halves_Fd = sums_Kd[full_F] / 2
+        sums_Kd[new_F], sums_Kd[full_F] = halves_Fd * (1 + nudge_Fd), halves_Fd * (1 - nudge_Fd)
+        counts_K[full_F] /= 2
+        halvings_K[full_F] += 1
+        counts_K[new_F], halvings_K[new_F] = counts_K[full_F], halvings_K[full_F]
+
+
+def _draw_nudges(dims: int) -> NDArray[np.float64]:
+    # A half that is halved again is nudged another way, or its halves would meet those of the other half.
+    nudges = np.random.default_rng(0).uniform(-1, 1, (64, dims))
+    nudges[0] = np.where(np.arange(dims) % 2 == 0, 1, -1)
+    return nudges
+
+
+def _draw_distinct(sample_Nd: FloatArray, words: int, rng: np.random.Generator) -> FloatArray:
+    distinct = np.sort(np.unique(_hash_rows(sample_Nd), return_index=True)[1])
+    if len(distinct) < words:
+        found = f"{len(distinct)} distinct among {len(sample_Nd)} sampled"
+        raise DataError("training rows", found, f"{words} cells need at least as many that differ")
+    return sample_Nd[np.sort(rng.choice(distinct, words, replace=False))]
+
+
+def _hash_rows(x_Nd: FloatArray) -> IdArray:
+    """Give each row a number that equal rows share: a random product of its bits, modulo 2^64."""
+    factors_d = np.random.default_rng(0).integers(1 << 62, size=x_Nd.shape[1]) | 1
+    hashes_N = np.empty(len(x_Nd), dtype=np.int64)
+    for start in range(0, len(x_Nd), _SUM_ROWS):
+        # Equal numbers have equal bits once -0.0 is 0.0.
+        bits_nd = np.ascontiguousarray(x_Nd[start : start + _SUM_ROWS] + 0, dtype=np.float32).view(np.int32)
+        hashes_N[start : start + _SUM_ROWS] = bits_nd.astype(np.int64) @ factors_d
+    return hashes_N
 
 
 def _seed_group(sample_Nd: FloatArray, words: int, rng: np.random.Generator) -> FloatArray:

@@ -24,14 +24,18 @@ from gsl_dist.codebook import Codebook, FloatArray
 from gsl_dist.config import Strict
 from gsl_dist.errors import ConfigError
 from gsl_dist.quantizers.base import LloydConfig, Plan, as_tensor, leave_over, rotate
+from gsl_dist.quantizers.cells import AUTOMATIC, CellSearch, measure_cells
 from gsl_dist.quantizers.kmeans import (
     Stats,
+    Touched,
     find_nearest,
     measure_stats,
     seed_centroids,
     sum_by_label,
     update_centroids,
 )
+
+_STRIDE = 1.8
 
 
 class ProductConfig(Strict):
@@ -106,10 +110,13 @@ class ProductQuantizer:
             return replace(codebook, coarse=seed_centroids(sample.numpy(), codebook.cells, rng)[0])
         return replace(codebook, books=seed_centroids(sample.numpy(), codebook.codewords, rng))
 
-    def assign(self, prepared: Tensor, codebook: Codebook, phase: str) -> Stats:
+    def assign(
+        self, prepared: Tensor, codebook: Codebook, phase: str, search: CellSearch = AUTOMATIC
+    ) -> Stats | Touched:
         """Measure what `update` needs of these rows."""
-        centroids = codebook.coarse[None] if phase == "cells" else codebook.books
-        return measure_stats(prepared, as_tensor(centroids, prepared))
+        if phase == "cells":
+            return measure_cells(prepared[0], codebook, search)
+        return measure_stats(prepared, as_tensor(codebook.books, prepared))
 
     def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
         """Give the codebook that the statistics of all rows call for."""
@@ -176,9 +183,9 @@ class OptimizedProductQuantizer(ProductQuantizer):
     def plan(self, lloyd: LloydConfig, *, refine: bool) -> Plan:
         """Give the phases of training; a refined codebook keeps its rotation as the start."""
         iterations = lloyd.refresh_iterations if refine else lloyd.iterations
-        turns = (
-            (("rotation", iterations),) if refine else (("balance", 1), ("rotation", self.config.rotation_iterations))
-        )
+        turns: Plan = (("rotation", iterations if refine else self.config.rotation_iterations),)
+        if not refine and self.config.start == "axes":
+            turns = (("balance", 1), *turns)
         return (*self._plan_cells(iterations), *turns, ("books", iterations))
 
     def blank(self) -> Codebook:
@@ -199,7 +206,9 @@ class OptimizedProductQuantizer(ProductQuantizer):
             return super().seed(codebook, phase, self._cut(rotate(sample, codebook)), rng)
         return codebook
 
-    def assign(self, prepared: Tensor, codebook: Codebook, phase: str) -> Stats:
+    def assign(
+        self, prepared: Tensor, codebook: Codebook, phase: str, search: CellSearch = AUTOMATIC
+    ) -> Stats | Touched:
         """Measure what `update` needs of these rows.
 
         To turn vectors that is their second moments, or the sum over their whole length for every codeword.
@@ -208,7 +217,7 @@ class OptimizedProductQuantizer(ProductQuantizer):
             moments_DD = (prepared.T.double() @ prepared.double())[None]
             return Stats(np.ones((1, 1)), moments_DD.cpu().numpy(), 0.0, len(prepared))
         if phase != "rotation":
-            return super().assign(prepared, codebook, phase)
+            return super().assign(prepared, codebook, phase, search)
         cut_MNd, books_MKd = self._cut(rotate(prepared, codebook)), as_tensor(codebook.books, prepared)
         labels_MN, distances_MN = find_nearest(cut_MNd, books_MKd)
         return sum_by_label(prepared.expand(len(labels_MN), -1, -1), labels_MN, distances_MN, codebook.codewords)
@@ -224,11 +233,10 @@ class OptimizedProductQuantizer(ProductQuantizer):
         own = np.stack([turned_KD[:, m * width : (m + 1) * width] for m, turned_KD in enumerate(turned_MKD)])
         books = update_centroids(codebook.books, replace(stats, sums_GKd=own))
         # Orthogonal Procrustes: the rotation that brings the rows nearest to their new codewords.
-        cross_DD = np.concatenate(
-            [np.einsum("ke,kd->de", sums, words) for sums, words in zip(stats.sums_GKd, books, strict=True)]
-        )
-        left, _, right = np.linalg.svd(cross_DD)
-        return _turn(replace(codebook, books=books), left @ right)
+        nearest_DD = _make_orthogonal(np.concatenate(np.einsum("mke,mkd->mde", stats.sums_GKd, books)))
+        # The codewords hold the rotation back, and it creeps: it goes further the same way, by less than twice.
+        ahead_DD = _STRIDE * nearest_DD + (1 - _STRIDE) * _rotation(codebook)
+        return _turn(replace(codebook, books=books), _make_orthogonal(ahead_DD))
 
 
 def find_codewords(y_NMd: Tensor, books_MKd: Tensor, k: int) -> Tensor:
@@ -248,6 +256,12 @@ def _rotation(codebook: Codebook) -> FloatArray:
     return codebook.rotation
 
 
+def _make_orthogonal(matrix_DD: np.ndarray) -> np.ndarray:
+    """Give the orthogonal matrix that is nearest."""
+    left, _, right = np.linalg.svd(matrix_DD)
+    return left @ right
+
+
 def _turn(codebook: Codebook, rotation_DD: np.ndarray) -> Codebook:
     """Give the codebook with another rotation; the cells stay where they were among the vectors."""
     coarse = codebook.coarse @ _rotation(codebook) @ rotation_DD.T
@@ -257,11 +271,14 @@ def _turn(codebook: Codebook, rotation_DD: np.ndarray) -> Codebook:
 def _share_axes(moments_DD: np.ndarray, parts: int) -> np.ndarray:
     """Deal the principal axes to the sub-vectors, largest first, each to the one whose variances multiply to least."""
     values, axes = np.linalg.eigh(moments_DD)
+    # In units of the smallest, so that no factor is below 1: one that is would draw the next axes to the same part.
+    values = np.maximum(values, max(1e-12 * values[-1], 1e-300))
+    factors = np.log(values / values.min())
     dealt: list[list[int]] = [[] for _ in range(parts)]
     weight, width = np.zeros(parts), len(values) // parts
     for axis in np.argsort(-values):
         open_parts = [part for part in range(parts) if len(dealt[part]) < width]
         part = min(open_parts, key=lambda part: (weight[part], part))
         dealt[part].append(int(axis))
-        weight[part] += np.log(max(values[axis], 1e-12 * values[-1], 1e-300))
+        weight[part] += factors[axis]
     return axes.T[np.concatenate(dealt)]

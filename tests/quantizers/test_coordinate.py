@@ -1,5 +1,6 @@
 """One coordinator over any number of workers trains the codebook that one process trains."""
 
+import importlib
 import itertools
 import pickle
 
@@ -7,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from gsl_dist.codebook import Codebook
 from gsl_dist.errors import DataError
 from gsl_dist.quantizers import (
+    AdditiveConfig,
     LloydConfig,
+    OptimizedConfig,
     ProductConfig,
     Rows,
     answer,
@@ -18,10 +22,20 @@ from gsl_dist.quantizers import (
     make_quantizer,
     train_codebook,
 )
+from gsl_dist.quantizers.coordinate import shake_books
 
 SHAPES = [(1, False), (6, True), (6, False)]
 every_shape = pytest.mark.parametrize(("cells", "residual"), SHAPES, ids=["flat", "residual", "cells"])
 LLOYD = LloydConfig(iterations=6, refresh_iterations=3)
+KINDS = {
+    "pq": ProductConfig(sub_vectors=2, bits=4),
+    "opq": OptimizedConfig(kind="opq", sub_vectors=2, bits=4, rotation_iterations=5),
+    "rq": AdditiveConfig(kind="rq", books=2, bits=4, joint_iterations=3),
+    "lsq": AdditiveConfig(kind="lsq", books=2, bits=4, joint_iterations=8),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+# Under its own name the package gives the function.
+module = importlib.import_module("gsl_dist.quantizers.coordinate")
 
 
 def make_rows(rows=600, dim=8, seed=0):
@@ -32,6 +46,10 @@ def make_rows(rows=600, dim=8, seed=0):
 
 def make_pq(cells=1, residual=False, bits=4, dim=8):
     return make_quantizer(ProductConfig(sub_vectors=2, bits=bits, cells=cells, residual=residual), dim)
+
+
+def make_kind(kind, *, cells=1, dim=8):
+    return make_quantizer(KINDS[kind].model_copy(update={"cells": cells}), dim)
 
 
 def share_rows(x, bounds):
@@ -154,3 +172,111 @@ def test_rows_that_are_not_finite_are_refused(value):
 def test_fewer_distinct_rows_than_codewords_are_coded_exactly():
     x = make_rows(7).repeat(20, 1)
     assert train_codebook(x, make_pq(), LLOYD).relative_error == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("bounds", [[0, 300, 600], [0, 200, 400, 600], [0, 1, 450, 600], [0, 0, 600]])
+@pytest.mark.parametrize("cells", [1, 6], ids=["flat", "residual"])
+@every_kind
+def test_any_number_of_workers_trains_the_same_codebook_of_every_kind(kind, cells, bounds):
+    x, quantizer = make_rows(), make_kind(kind, cells=cells)
+    trained, _ = drive(quantizer, share_rows(x, bounds))
+    alone = train_codebook(x, quantizer, LLOYD)
+    assert trained.relative_error == pytest.approx(alone.relative_error, rel=1e-4)
+    for name, array in alone.codebook.arrays().items():
+        np.testing.assert_allclose(trained.codebook.arrays()[name], array, atol=1e-4)
+
+
+@pytest.mark.parametrize("bounds", [[0, 300, 600], [0, 1, 450, 600]])
+@every_kind
+def test_a_refresh_of_every_kind_is_the_same_by_any_number_of_workers(kind, bounds):
+    x, quantizer = make_rows(), make_kind(kind, cells=6)
+    start = train_codebook(make_rows(seed=1), quantizer, LLOYD).codebook
+    trained, _ = drive(quantizer, share_rows(x, bounds), start=start)
+    alone = train_codebook(x, quantizer, LLOYD, start=start)
+    for name, array in alone.codebook.arrays().items():
+        np.testing.assert_allclose(trained.codebook.arrays()[name], array, atol=1e-4)
+
+
+@every_kind
+def test_a_seed_decides_a_codebook_of_every_kind_to_the_last_bit(kind):
+    x, quantizer = make_rows(), make_kind(kind, cells=6)
+    one, two, other = (train_codebook(x, quantizer, LLOYD, seed=seed).codebook.fingerprint for seed in (1, 1, 2))
+    assert one == two != other
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@every_kind
+def test_a_warm_start_of_every_kind_on_the_same_rows_lowers_the_error_or_keeps_it(kind, rounds):
+    x, quantizer = make_rows(), make_kind(kind)
+    first = trained = train_codebook(x, quantizer, LloydConfig(iterations=1))
+    for _ in range(rounds):
+        before = trained.relative_error
+        trained = train_codebook(x, quantizer, LloydConfig(refresh_iterations=4), start=trained.codebook)
+        # lsq begins its search of codes from nothing, and may end with others.
+        assert trained.relative_error <= before * (1.02 if kind == "lsq" else 1 + 1e-6)
+    assert trained.codebook.kind == first.codebook.kind
+
+
+@every_kind
+def test_rows_are_prepared_once_a_phase_and_again_for_another_training(kind):
+    x, quantizer, prepared = make_rows(), make_kind(kind, cells=6), []
+
+    class Counting(type(quantizer)):
+        def prepare(self, x_ND, codebook, phase):
+            prepared.append((len(x_ND), phase))
+            return super().prepare(x_ND, codebook, phase)
+
+    counting, shares = Counting(quantizer.config, 8), share_rows(x, [0, 250, 600])
+    trained, _ = drive(counting, shares)
+    phases = [phase for phase, _ in quantizer.plan(LLOYD, refine=False)]
+    assert [phase for rows, phase in prepared if rows == 250] == phases
+    assert [phase for rows, phase in prepared if rows == 350] == phases
+    # The sample, which here is all of the rows.
+    assert [phase for rows, phase in prepared if rows == 600] == phases
+    prepared.clear()
+    drive(counting, shares, start=trained.codebook)
+    again = [phase for phase, _ in quantizer.plan(LLOYD, refine=True)]
+    assert prepared == [(rows, phase) for phase in again for rows in (250, 350)]
+
+
+def make_books(*, books=4, words=64, dim=6):
+    rng = np.random.default_rng(0)
+    # Dimensions of unlike spread, each book about a centre of its own.
+    spread = np.array([8, 4, 2, 1, 0.5, 0])
+    return Codebook(
+        coarse=np.zeros((1, dim)), books=rng.normal(size=(books, words, dim)) * spread, residual=False, kind="lsq"
+    )
+
+
+def test_shaking_with_no_iterations_left_moves_nothing():
+    codebook = make_books()
+    assert np.array_equal(shake_books(codebook, 0.0, np.random.default_rng(1)).books, codebook.books)
+
+
+@pytest.mark.parametrize("books", [1, 4, 16])
+@pytest.mark.parametrize("left", [0.25, 1.0])
+def test_shaking_moves_codewords_by_their_deviation_over_the_root_of_the_books(books, left):
+    codebook = make_books(books=books, words=256)
+    moved = shake_books(codebook, left, np.random.default_rng(1)).books - codebook.books
+    wanted = codebook.books.std(axis=(0, 1)) * np.sqrt(left / books)
+    np.testing.assert_allclose(moved.std(axis=(0, 1)), wanted, rtol=0.12, atol=1e-7)
+    assert np.abs(moved.mean(axis=(0, 1)))[:5].max() < 0.3 * wanted.max()
+    assert not moved[..., 5].any()
+
+
+def test_shaking_leaves_the_rest_of_the_codebook_and_the_books_it_was_given_alone():
+    codebook = make_books()
+    before = codebook.fingerprint
+    shaken = shake_books(codebook, 1.0, np.random.default_rng(1))
+    assert codebook.fingerprint == before != shaken.fingerprint
+    assert np.array_equal(shaken.coarse, codebook.coarse) and shaken.kind == "lsq"
+
+
+@pytest.mark.parametrize("refine", [False, True], ids=["new", "refined"])
+@every_kind
+def test_books_are_shaken_in_annealing_alone_less_and_less_to_nothing(kind, refine, monkeypatch):
+    x, quantizer, shares = make_rows(), make_kind(kind, cells=6), []
+    start = train_codebook(x, quantizer, LLOYD).codebook if refine else None
+    monkeypatch.setattr(module, "shake_books", lambda codebook, left, rng: shares.append(left) or codebook)
+    train_codebook(x, quantizer, LLOYD, start=start)
+    assert shares == ([1 - turn / 8 for turn in range(1, 9)] if kind == "lsq" and not refine else [])
