@@ -23,7 +23,7 @@ def settings(folder, name, **changes):
 
 
 @pytest.mark.ray
-def test_the_stage_keeps_the_better_codebook_and_notes_both_recalls(tmp_path):
+def test_the_stage_keeps_the_better_codebook_and_notes_both_recalls(ray_session, tmp_path):
     write_vectors(tmp_path / "corpus.parquet", rows=600)
     plain = run_codebook(settings(tmp_path, "plain"))
     seen = []
@@ -38,7 +38,7 @@ def test_the_stage_keeps_the_better_codebook_and_notes_both_recalls(tmp_path):
 
 
 @pytest.mark.ray
-def test_too_few_rows_are_refused_and_nothing_is_published(tmp_path):
+def test_too_few_rows_are_refused_and_nothing_is_published(ray_session, tmp_path):
     write_vectors(tmp_path / "corpus.parquet", rows=120)
     with pytest.raises(BadInput, match="training rows"):
         run_codebook(settings(tmp_path, "ranked", ranked=RANKED))
