@@ -122,8 +122,8 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "history": [asdict(record) for record in self.history],
-            "codebook": codebook and {"coarse": torch.tensor(codebook.coarse), "books": torch.tensor(codebook.books)},
-            "residual": codebook.residual if codebook else None,
+            "codebook": codebook and {name: torch.tensor(array) for name, array in codebook.arrays().items()},
+            "codebook_flags": codebook and {"kind": codebook.kind, "residual": codebook.residual},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -135,7 +135,7 @@ class Training:
         self.history = [EpochRecord(**record) for record in state["history"]]
         if state["codebook"]:
             arrays = {name: array.numpy() for name, array in state["codebook"].items()}
-            self.codebook = Codebook(residual=state["residual"], **arrays)
+            self.codebook = Codebook(**arrays, **state["codebook_flags"])
 
     def set_rates(self, step: float) -> None:
         """Set the learning rates for a place in the run, from 0 to 1: half a cosine down to zero."""

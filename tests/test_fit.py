@@ -14,7 +14,14 @@ from gsl_dist.encoders import Encoder, MlpConfig, make_encoder
 from gsl_dist.errors import GslError
 from gsl_dist.fit import Diverged, FitConfig, Training, embed, fit, gather_rows
 from gsl_dist.losses import PairwiseConfig, ProxyConfig, TripletConfig, make_loss
-from gsl_dist.quantizers import LloydConfig, ProductConfig, make_quantizer, train_codebook
+from gsl_dist.quantizers import (
+    AdditiveConfig,
+    LloydConfig,
+    OptimizedConfig,
+    ProductConfig,
+    make_quantizer,
+    train_codebook,
+)
 from gsl_dist.sampling import plan_epoch
 from gsl_dist.snap import SnapConfig, SnappingLayer
 
@@ -129,6 +136,24 @@ def test_a_state_brings_the_random_numbers_back():
     state, drawn = read_state(write_state(training)), torch.rand(3)
     start_training(seed=5).load_state(state)
     assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimizedConfig(kind="opq", sub_vectors=2, bits=3, rotation_iterations=2),
+        AdditiveConfig(kind="rq", books=2, bits=3, joint_iterations=1),
+    ],
+    ids=["rotated", "additive"],
+)
+def test_a_checkpoint_keeps_the_whole_codebook(config):
+    training = start_training()
+    quantizer = make_quantizer(config, DIM)
+    rows = embed(training.encoder, make_set()[0])
+    training.codebook = train_codebook(rows, quantizer, LloydConfig(iterations=2)).codebook
+    resumed = start_training()
+    resumed.load_state(read_state(write_state(training)))
+    assert resumed.codebook.fingerprint == training.codebook.fingerprint
 
 
 def test_a_finished_training_stays_as_it_is():

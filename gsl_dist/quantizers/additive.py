@@ -6,7 +6,8 @@ to the codes that the search finds, some times over, so that books and search su
 
 `lsq` begins with codes drawn at random and refits all books from the start. Its search revisits choices one by one with
 all others fixed (iterated conditional modes), changes a few at random and starts again, keeping the best; between
-refits the books are shaken, less and less. It ends lower than `rq`, and its codes take longer to find.
+refits the books are shaken, less and less. Which of the two ends lower depends on the vectors: `lsq` does on local
+descriptors, `rq` where few directions carry most; codes of `lsq` take longer to find.
 
 Everything that least squares needs adds up over workers: how often each two codewords met, and the sum of the rows of
 each codeword.

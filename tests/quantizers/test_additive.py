@@ -347,6 +347,21 @@ def test_annealing_begins_with_books_that_fit_scattered_codes():
     assert all(len({word.tobytes() for word in book}) == 16 for book in seeded.books)
 
 
+def test_every_search_of_kept_codes_goes_on_from_the_last_one_with_other_changes(monkeypatch):
+    x, quantizer = make_clusters(300), make_additive("lsq", books=4)
+    codebook, seeds = codebook_of(make_books(books=4, words=16, dims=8, dtype=torch.float32), "lsq"), []
+
+    def revisit(*args, **settings):
+        seeds.append(settings.get("seed"))
+        return revisit_choices(*args, **settings)
+
+    monkeypatch.setattr(module, "revisit_choices", revisit)
+    prepared = quantizer.prepare(x, codebook, "anneal")
+    errors = [quantizer.assign(prepared, codebook, "anneal").error for _ in range(4)]
+    assert seeds == [0, 1, 2, 3]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(errors)) and errors[-1] < errors[0]
+
+
 @every_kind
 @pytest.mark.parametrize(("cells", "residual"), [(1, False), (5, True), (5, False)], ids=["flat", "residual", "cells"])
 def test_the_error_is_that_of_decoded_rows_encoded_as_in_training(kind, cells, residual):

@@ -185,6 +185,15 @@ def test_an_opened_quantizer_codes_as_the_one_that_trained(kind, cells):
         assert torch.equal(mine, theirs)
 
 
+@every_shape
+@pytest.mark.parametrize("kind", ["pq", "rq", "lsq"])
+def test_an_opened_quantizer_makes_codebooks_of_the_same_shape(kind, cells, residual):
+    codebook = make_codebook(kind, cells=cells, residual=residual)
+    blank = open_quantizer(codebook).blank()
+    assert (blank.kind, blank.residual) == (kind, residual)
+    assert [array.shape for array in blank.arrays().values()] == [array.shape for array in codebook.arrays().values()]
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("kind", ["pq", "rq", "lsq"])
 def test_packed_codes_come_back(kind, bits):
