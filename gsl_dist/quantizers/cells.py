@@ -37,8 +37,11 @@ from gsl_dist.quantizers.kmeans import (
     update_centroids,
 )
 
+# Measured on clusters, SIFT, rows near a plane and uniform ones, 5,000 to 262,144 cells: with these, 99.5 of 100 rows
+# or more are given their nearest cell, and the error grows by two thousandths at most.
 _SUPERS_PER_ROOT, _CELLS_PER_SUPER, _SUPER_ITERATIONS = 2, 32, 6
 _TRIED, _COVERED, _MARGIN, _LEAST_WIDTH = 512, 0.99, 1.5, 16
+# A super-cell takes as long to look into as so many centroids besides its own, and one of these as long as two of all.
 _VISIT = 100
 _CHUNK_BYTES = 1 << 26
 _CHUNK_FLOATS = 1 << 20
@@ -105,7 +108,6 @@ class Cells:
         return search_partition(z_ND, self.partition, width)
 
     @torch.no_grad()
-    @torch.inference_mode(False)
     def pick_width(self, search: CellSearch = AUTOMATIC) -> int | None:
         """Give the number of super-cells to look into for a row; None: all cells are looked at."""
         two_level = len(self.coarse_CD) > MANY if search.two_level is None else search.two_level
@@ -117,7 +119,6 @@ class Cells:
         return width
 
     def _costs_more(self, width: int) -> bool:
-        # Measured: a super-cell takes as long as 100 centroids besides its own, and one of these as long as two of all.
         cells = len(self.coarse_CD)
         return width * (_VISIT + cells // len(self.partition.members)) > cells / 2
 
@@ -131,7 +132,7 @@ def hold_cells(codebook: Codebook, like: Tensor) -> Cells:
     holder, cells = _held or (None, None)
     if cells and holder and holder() is codebook and cells.suits(like):
         return cells
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # what is kept may later meet gradients
         cells = Cells(torch.tensor(codebook.coarse, dtype=like.dtype, device=like.device))
     _held = weakref.ref(codebook), cells
     return cells

@@ -222,12 +222,17 @@ def test_encoding_trains_nothing_twice_for_the_same_codebook(monkeypatch):
 
 def test_rows_are_coded_by_what_the_cell_that_was_found_leaves_over():
     codebook, x = make_codebook(make_flat(MANY * 2)), make_flat(500, seed=1)
-    with torch.inference_mode():
-        find_cells(x, codebook)
-    cells, rest = leave_over(x.requires_grad_(), codebook)
+    cells, rest = leave_over(x, codebook)
     torch.testing.assert_close(rest, x - torch.tensor(codebook.coarse)[cells])
-    rest.sum().backward()
-    assert (x.grad == 1).all()
+
+
+def test_cells_that_were_first_held_without_gradients_may_meet_them():
+    codebook, x = make_codebook(make_flat(MANY * 2)), make_flat(500, seed=1)
+    with torch.inference_mode():
+        before = find_cells(x, codebook)
+    assert torch.equal(leave_over(x.requires_grad_(), codebook)[0], before)
+    (x[:, None] * hold_cells(codebook, x).coarse_CD[:3]).sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor(codebook.coarse)[:3].sum(0).expand(500, -1))
 
 
 # Statistics
