@@ -230,10 +230,8 @@ def _run_epoch(training: Training, network: nn.Module, batches: Iterable[Batch])
 
 
 def _take_step(training: Training, network: nn.Module, items: Tensor, labels_N: Tensor) -> float:
-    y_ND = network(items.to(training.device))
-    coded_ND = gather_rows(training.snapping(y_ND))
-    raw_ND = gather_rows(y_ND) if training.loss.asymmetric else None
-    loss = training.loss(coded_ND, gather_rows(labels_N.to(training.device)), raw_ND)
+    y_ND = training.snapping(network(items.to(training.device)))
+    loss = training.loss(gather_rows(y_ND), gather_rows(labels_N.to(training.device)))
     training.optimizer.zero_grad()
     loss.backward()
     training.optimizer.step()

@@ -65,11 +65,8 @@ class SimilarityLoss(nn.Module):
         super().__init__()
         self.loss, self.miner = loss, miner
 
-    asymmetric = False
-    """Whether rows also take part as queries, which are never coded."""
-
-    def forward(self, y_ND: Tensor, labels_N: Tensor, raw_ND: Tensor | None = None) -> Tensor:
-        """Give the scalar loss of a batch; `raw_ND`, the rows as queries, is for asymmetric losses.
+    def forward(self, y_ND: Tensor, labels_N: Tensor) -> Tensor:
+        """Give the scalar loss of a batch.
 
         Shapes: y_ND (N, D), labels_N (N,) int64 from 0 -> ().
         """

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class Mined:
     x_ND: Tensor
     near_Nk: Tensor
 
-    @property
+    @cached_property
     def energy(self) -> float:
         """Give the mean squared length of the rows: rates and temperatures are meant for 1."""
         return float(self.x_ND.square().sum(1).mean())
