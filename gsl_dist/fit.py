@@ -162,10 +162,10 @@ def fit(
     """
     config = training.config
     network = _distribute(training.encoder)
+    training.snapping.workers = dist.get_world_size() if _is_group() else 1
     while training.epoch < config.epochs:
         snapping_epoch = training.epoch - config.warmup_epochs
         error = None
-        training.snapping.workers = dist.get_world_size() if _is_group() else 1
         if snapping_epoch >= 0 and snapping_epoch % config.refresh_epochs == 0:
             trained = refresh(training)
             training.codebook, error = trained.codebook, trained.relative_error

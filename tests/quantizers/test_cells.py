@@ -2,11 +2,11 @@
 
 import importlib
 import itertools
-import pickle
 
 import numpy as np
 import pytest
 import torch
+from meetings import drive, share_rows
 
 from gsl_dist.codebook import Codebook
 from gsl_dist.errors import DataError
@@ -73,24 +73,6 @@ def make_codebook(centroids):
 
 def make_pq(cells, *, dim=8, bits=2):
     return make_quantizer(ProductConfig(sub_vectors=2, bits=bits, cells=cells), dim)
-
-
-def share_rows(x, bounds):
-    return [Rows(x[a:b], a, len(x)) for a, b in itertools.pairwise(bounds)]
-
-
-def drive(quantizer, shares, lloyd, *, start=None):
-    """Drive the coordinator by hand, through pickle as over a wire; give what it trained and its questions."""
-    coordination = coordinate(quantizer, lloyd, seed=0, start=start)
-    ask, asked = next(coordination), []
-    while True:
-        asked.append(ask)
-        sent = pickle.loads(pickle.dumps(ask))  # noqa: S301 - our own bytes
-        answers = [answer(sent, rows, quantizer) for rows in shares]
-        try:
-            ask = coordination.send(pickle.loads(pickle.dumps(answers)))  # noqa: S301 - our own bytes
-        except StopIteration as end:
-            return end.value, asked
 
 
 # The search

@@ -1,12 +1,11 @@
 """One coordinator over any number of workers trains the codebook that one process trains."""
 
 import importlib
-import itertools
-import pickle
 
 import numpy as np
 import pytest
 import torch
+from meetings import drive, share_rows
 
 from gsl_dist.codebook import Codebook
 from gsl_dist.errors import DataError
@@ -15,7 +14,6 @@ from gsl_dist.quantizers import (
     LloydConfig,
     OptimizedConfig,
     ProductConfig,
-    Rows,
     answer,
     coordinate,
     decode,
@@ -52,29 +50,11 @@ def make_kind(kind, *, cells=1, dim=8):
     return make_quantizer(KINDS[kind].model_copy(update={"cells": cells}), dim)
 
 
-def share_rows(x, bounds):
-    return [Rows(x[a:b], a, len(x)) for a, b in itertools.pairwise(bounds)]
-
-
-def drive(quantizer, shares, *, lloyd=LLOYD, seed=0, start=None):
-    """Drive the coordinator by hand, through pickle as over a wire; give what it trained and what it asked for."""
-    coordination = coordinate(quantizer, lloyd, seed=seed, start=start)
-    ask, asked = next(coordination), []
-    while True:
-        asked.append((ask.what, ask.phase))
-        sent = pickle.loads(pickle.dumps(ask))  # noqa: S301 - our own bytes
-        answers = [answer(sent, rows, quantizer) for rows in shares]
-        try:
-            ask = coordination.send(pickle.loads(pickle.dumps(answers)))  # noqa: S301 - our own bytes
-        except StopIteration as end:
-            return end.value, asked
-
-
 @every_shape
 @pytest.mark.parametrize("bounds", [[0, 600], [0, 300, 600], [0, 200, 400, 600], [0, 1, 450, 600], [0, 0, 600]])
 def test_any_number_of_workers_trains_the_same_codebook(cells, residual, bounds):
     x, quantizer = make_rows(), make_pq(cells, residual)
-    trained, _ = drive(quantizer, share_rows(x, bounds))
+    trained, _ = drive(quantizer, share_rows(x, bounds), LLOYD)
     alone = train_codebook(x, quantizer, LLOYD)
     np.testing.assert_allclose(trained.codebook.coarse, alone.codebook.coarse, atol=1e-5)
     np.testing.assert_allclose(trained.codebook.books, alone.codebook.books, atol=1e-5)
@@ -86,7 +66,7 @@ def test_any_number_of_workers_trains_the_same_codebook(cells, residual, bounds)
 def test_a_refresh_by_any_number_of_workers_is_the_same(bounds):
     x, quantizer = make_rows(), make_pq(6, residual=True)
     start = train_codebook(make_rows(seed=1), quantizer, LLOYD).codebook
-    trained, _ = drive(quantizer, share_rows(x, bounds), start=start)
+    trained, _ = drive(quantizer, share_rows(x, bounds), LLOYD, start=start)
     alone = train_codebook(x, quantizer, LLOYD, start=start)
     np.testing.assert_allclose(trained.codebook.books, alone.codebook.books, atol=1e-5)
 
@@ -127,11 +107,12 @@ def test_a_warm_start_follows_rows_that_moved():
 
 def test_a_warm_start_asks_for_no_sample():
     x, quantizer = make_rows(), make_pq(6, residual=True)
-    trained, asked = drive(quantizer, share_rows(x, [0, 600]))
+    trained, asked = drive(quantizer, share_rows(x, [0, 600]), LLOYD)
     new = [("sample", "cells"), *[("stats", "cells")] * 6, ("sample", "books"), *[("stats", "books")] * 7]
-    assert asked == [("moments", ""), *new]
-    _, asked = drive(quantizer, share_rows(x, [0, 600]), start=trained.codebook)
-    assert asked == [("moments", ""), *[("stats", "cells")] * 3, *[("stats", "books")] * 4]
+    assert [(ask.what, ask.phase) for ask in asked] == [("moments", ""), *new]
+    _, asked = drive(quantizer, share_rows(x, [0, 600]), LLOYD, start=trained.codebook)
+    wanted = [("moments", ""), *[("stats", "cells")] * 3, *[("stats", "books")] * 4]
+    assert [(ask.what, ask.phase) for ask in asked] == wanted
 
 
 def test_the_sample_is_bounded_and_the_same_however_rows_are_divided():
@@ -151,7 +132,7 @@ def test_the_sample_is_bounded_and_the_same_however_rows_are_divided():
 def test_too_few_rows_are_refused_however_they_are_divided():
     quantizer = make_pq(bits=6)
     with pytest.raises(DataError, match="got 63, but a codebook with 64 centroids needs at least as many"):
-        drive(quantizer, share_rows(make_rows(63), [0, 30, 63]))
+        drive(quantizer, share_rows(make_rows(63), [0, 30, 63]), LLOYD)
     assert train_codebook(make_rows(64), quantizer, LLOYD).relative_error == pytest.approx(0, abs=1e-6)
 
 
@@ -179,7 +160,7 @@ def test_fewer_distinct_rows_than_codewords_are_coded_exactly():
 @every_kind
 def test_any_number_of_workers_trains_the_same_codebook_of_every_kind(kind, cells, bounds):
     x, quantizer = make_rows(), make_kind(kind, cells=cells)
-    trained, _ = drive(quantizer, share_rows(x, bounds))
+    trained, _ = drive(quantizer, share_rows(x, bounds), LLOYD)
     alone = train_codebook(x, quantizer, LLOYD)
     assert trained.relative_error == pytest.approx(alone.relative_error, rel=1e-4)
     for name, array in alone.codebook.arrays().items():
@@ -191,7 +172,7 @@ def test_any_number_of_workers_trains_the_same_codebook_of_every_kind(kind, cell
 def test_a_refresh_of_every_kind_is_the_same_by_any_number_of_workers(kind, bounds):
     x, quantizer = make_rows(), make_kind(kind, cells=6)
     start = train_codebook(make_rows(seed=1), quantizer, LLOYD).codebook
-    trained, _ = drive(quantizer, share_rows(x, bounds), start=start)
+    trained, _ = drive(quantizer, share_rows(x, bounds), LLOYD, start=start)
     alone = train_codebook(x, quantizer, LLOYD, start=start)
     for name, array in alone.codebook.arrays().items():
         np.testing.assert_allclose(trained.codebook.arrays()[name], array, atol=1e-4)
@@ -227,14 +208,14 @@ def test_rows_are_prepared_once_a_phase_and_again_for_another_training(kind):
             return super().prepare(x_ND, codebook, phase)
 
     counting, shares = Counting(quantizer.config, 8), share_rows(x, [0, 250, 600])
-    trained, _ = drive(counting, shares)
+    trained, _ = drive(counting, shares, LLOYD)
     phases = [phase for phase, _ in quantizer.plan(LLOYD, refine=False)]
     assert [phase for rows, phase in prepared if rows == 250] == phases
     assert [phase for rows, phase in prepared if rows == 350] == phases
     # The sample, which here is all of the rows.
     assert [phase for rows, phase in prepared if rows == 600] == phases
     prepared.clear()
-    drive(counting, shares, start=trained.codebook)
+    drive(counting, shares, LLOYD, start=trained.codebook)
     again = [phase for phase, _ in quantizer.plan(LLOYD, refine=True)]
     assert prepared == [(rows, phase) for phase in again for rows in (250, 350)]
 
