@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from gsl_dist.data import fashion_folder
+
 
 def make_clusters(rows: int, dim: int, classes: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     centres = np.random.default_rng(99).normal(size=(classes, dim)) * 2
@@ -38,3 +40,11 @@ def write_images(path: Path, *, rows: int = 40, broken: tuple[int, ...] = ()) ->
         contents.append(b"not an image" if row in broken else stream.getvalue())
     pq.write_table(pa.table({"id": np.arange(rows), "image": contents, "label": np.arange(rows) % 4}), path)
     return path
+
+
+def read_pictures(rows: int, axes: int) -> NDArray[np.float64]:
+    """Give shipped images as so many of their principal axes."""
+    contents = pq.read_table(fashion_folder() / "database.parquet", columns=["image"])["image"].to_pylist()[:rows]
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(content))).ravel() for content in contents]) / 255
+    pixels -= pixels.mean(0)
+    return pixels @ np.linalg.eigh(pixels.T @ pixels)[1][:, -axes:]

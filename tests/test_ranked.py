@@ -1,14 +1,10 @@
 """Codewords that learn to rank: neighbours and losses against loops, and more neighbours found on real images."""
 
-import io
-
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from corpora import read_pictures
 
-from gsl_dist.data import fashion_folder
 from gsl_dist.errors import BadInput
 from gsl_dist.quantizers import (
     AdditiveConfig,
@@ -48,10 +44,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @pytest.fixture(scope="module")
 def images():
     """Real images as 32 numbers each: 2,500 to search, 500 to ask."""
-    contents = pq.read_table(fashion_folder() / "database.parquet")["image"].to_pylist()[:3000]
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(content))).ravel() for content in contents]).astype(np.float64)
-    pixels -= pixels.mean(0)
-    reduced = pixels @ np.linalg.eigh(pixels.T @ pixels)[1][:, -32:]
+    reduced = read_pictures(3000, 32)
     rows = torch.tensor(reduced / np.sqrt(np.square(reduced).sum(1).mean()), dtype=torch.float32)
     return rows[:2500], rows[2500:]
 

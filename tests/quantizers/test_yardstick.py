@@ -1,15 +1,11 @@
 """Codes err no more than those of faiss, at equal bytes on the same rows, encoded afresh."""
 
-import io
-
 import faiss
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from corpora import read_pictures
 
-from gsl_dist.data import fashion_folder
 from gsl_dist.quantizers import (
     AdditiveConfig,
     LloydConfig,
@@ -26,16 +22,10 @@ ROWS, DIM, CHOICES, BITS = 2000, 32, 4, 5
 @pytest.fixture(scope="module")
 def rows():
     """Sets of 2,000 rows: principal axes of pictures; clusters, turned, whose axes vary unlike."""
-    table = pq.read_table(fashion_folder() / "database.parquet", columns=["image"]).slice(0, ROWS)
-    pictures = np.stack(
-        [np.asarray(Image.open(io.BytesIO(content)).convert("L")).ravel() for content in table["image"].to_pylist()]
-    )
-    centred = pictures / 255 - pictures.mean(0) / 255
-    axes = np.linalg.eigh(centred.T @ centred)[1][:, -DIM:]
     rng = np.random.default_rng(0)
     centres, turn = 2 * rng.normal(size=(60, DIM)), np.linalg.qr(rng.normal(size=(DIM, DIM)))[0]
     clusters = (centres[rng.integers(60, size=ROWS)] + rng.normal(size=(ROWS, DIM))) * 1.1 ** -np.arange(DIM) @ turn
-    return {"pictures": (centred @ axes).astype(np.float32), "clusters": clusters.astype(np.float32)}
+    return {"pictures": read_pictures(ROWS, DIM).astype(np.float32), "clusters": clusters.astype(np.float32)}
 
 
 def measure_error(x, decoded):
