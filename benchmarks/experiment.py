@@ -17,6 +17,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +39,7 @@ from gsl_dist.snap import SnapConfig, SnappingLayer
 
 TUNING_SEED = 1000
 BITS_A_BOOK = 8
+ALONE: dict[tuple[str, int], Training] = {}
 
 
 class Arm(Strict):
@@ -49,6 +51,8 @@ class Arm(Strict):
     codes: Literal["trained", "refitted", "classifier"] = Field(
         default="trained", description="the codebook landed on, one fitted after training, or the predicted class"
     )
+    views: int = Field(default=0, description="fit.views, for the last codebook")
+    bits: list[int] | None = Field(default=None, description="those that this arm has a say at")
     tune: dict[str, list[float]] = {}
 
 
@@ -84,6 +88,16 @@ class Run:
         return fingerprint_config(shared, quantizer, self.config.model_dump(mode="json"), self.bits, self.seed)
 
     @property
+    def coupled(self) -> bool:
+        """Tell whether the network sees a codebook."""
+        return self.config.snap.variant != "none" or self.config.snap.forward == "decoded"
+
+    def without_codes(self) -> Run:
+        """Give the run of the same network and seed, whatever its codes are to be."""
+        alone = Arm(loss=self.config.loss, snap=SnapConfig(variant="none"))
+        return replace(self, bits=BITS_A_BOOK, config=alone)
+
+    @property
     def quantizer(self) -> QuantizerConfig:
         """Give the quantizer at this number of bits."""
         shape = dict(self.experiment.quantizers[self.config.quantizer])
@@ -113,6 +127,8 @@ def main() -> None:
     seeds = range(wanted.seeds or experiment.seeds)
     # Seed by seed, so that whatever is finished when it stops compares all arms on the same seeds.
     for seed, bits, name in itertools.product(seeds, wanted.bits or experiment.bits, wanted.arm or experiment.arms):
+        if bits not in (experiment.arms[name].bits or experiment.bits):
+            continue
         arm = tune_arm(Run(name, bits, TUNING_SEED, experiment.arms[name], experiment), split, log)
         finished = log.do(Run(name, bits, seed, arm, experiment), split)
         print(name, bits, seed, {k: v for k, v in finished.items() if isinstance(v, float)}, flush=True)
@@ -165,21 +181,27 @@ def lay_over(arm: Arm, values: dict[str, float]) -> Arm:
 
 def carry_out(run: Run, split: Split) -> dict[str, Any]:
     """Train, code and score."""
-    training = train(run, split)
-    representations = [
-        embed(training.encoder, torch.from_numpy(x)) for x in (split.train, split.database, split.queries)
-    ]
+    training = train(run, split) if run.coupled else train_alone(run.without_codes(), split)
+    items = torch.from_numpy(split.train)
+    rest = [embed(training.encoder, torch.from_numpy(x)) for x in (split.database, split.queries)]
     last = training.history[-1]
     figures = {"loss": last.loss, "fallback_rate": last.fallback_rate, "cosine": last.cosine}
-    codebook = training.codebook
-    quantizer = make_quantizer(run.quantizer, training.encoder.dim)
-    if run.config.codes == "refitted" or codebook is None:
-        codebook = train_codebook(representations[0], quantizer, LloydConfig(iterations=25), seed=run.seed).codebook
     if run.config.codes == "classifier":
-        proxies = next(training.loss.parameters()).detach()
-        return figures | score_labels(split, *representations[1:], classes=proxies)
+        return figures | score_labels(split, *rest, classes=next(training.loss.parameters()).detach())
+    codebook, quantizer = training.codebook, make_quantizer(run.quantizer, training.encoder.dim)
+    if run.config.codes == "refitted" or codebook is None:
+        seen_ND = embed(training.encoder, items, views=run.config.views)
+        codebook = train_codebook(seen_ND, quantizer, LloydConfig(iterations=25), seed=run.seed).codebook
     score = score_labels if split.labelled else score_neighbours
-    return figures | score(split, *representations[1:], codebook=codebook, quantizer=quantizer)
+    return figures | score(split, *rest, codebook=codebook, quantizer=quantizer)
+
+
+def train_alone(run: Run, split: Split) -> Training:
+    """Train a network that no codebook is coupled to, once: it is the same for every kind and length of code."""
+    key = (run.key, id(split))
+    if key not in ALONE:
+        ALONE[key] = train(run, split)
+    return ALONE[key]
 
 
 def train(run: Run, split: Split) -> Training:
@@ -189,12 +211,8 @@ def train(run: Run, split: Split) -> Training:
     classes, labels = np.unique(split.train_labels, return_inverse=True)
     loss = make_loss(run.config.loss or experiment.loss, classes=len(classes), dim=encoder.dim)
     training = Training(encoder, loss, SnappingLayer(run.config.snap), config)
-    quantizer, items, targets = (
-        make_quantizer(run.quantizer, encoder.dim),
-        torch.from_numpy(split.train),
-        torch.tensor(labels),
-    )
-    coupled = run.config.snap.variant != "none" or run.config.snap.forward == "decoded"
+    items, targets = torch.from_numpy(split.train), torch.tensor(labels)
+    quantizer = make_quantizer(run.quantizer, encoder.dim)
 
     def batches(epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         plan = plan_epoch(
@@ -203,14 +221,10 @@ def train(run: Run, split: Split) -> Training:
         return [(items[rows], targets[rows]) for rows in torch.from_numpy(plan)]
 
     def refresh(training: Training) -> Any:
-        # Nothing reads the codebook of a network that is not coupled to one before the end.
-        lloyd = (
-            experiment.lloyd
-            if coupled or training.epoch == config.epochs
-            else LloydConfig(iterations=1, refresh_iterations=1)
-        )
-        y_ND = embed(training.encoder, items)
-        return train_codebook(y_ND, quantizer, lloyd, seed=run.seed, start=training.codebook if coupled else None)
+        if not run.coupled:
+            return SimpleNamespace(codebook=None, relative_error=None)  # nothing would read it
+        y_ND = embed(training.encoder, items, views=run.config.views * (training.epoch == config.epochs))
+        return train_codebook(y_ND, quantizer, experiment.lloyd, seed=run.seed, start=training.codebook)
 
     fit(training, batches, refresh)
     return training

@@ -3,7 +3,8 @@
 Warm-up epochs follow the similarity loss alone. Then, before every snapping epoch (or every few), the codebook is
 refitted to what the network gives now, and while the network moves on, the snapping layer bends its gradient toward
 the codewords. After the last epoch the codebook settles: it is refined once more, on what the network gives now and
-will give from then on. That is the codebook that the network landed on.
+will give from then on. That is the codebook that the network landed on. A network that was trained with dropout
+spreads the rows it learned from less than others; with `views`, the codebook settles on what dropout makes of them.
 
 `fit` takes an iterable of batches an epoch and two callables; it knows neither files, nor Ray, nor how many workers
 there are. In a process group every worker sees its rows of each batch, the loss sees all of them, and gradients are
@@ -50,6 +51,9 @@ class FitConfig(Strict):
     learning_rate: float = Field(default=1e-3, gt=0)
     proxy_learning_rate: float = Field(default=1e-2, gt=0, description="for the parameters of the loss, if it has any")
     weight_decay: float = Field(default=1e-4, ge=0)
+    views: int = Field(
+        default=0, ge=0, description="times the last codebook sees each row, with dropout; 0: once, as it is encoded"
+    )
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -179,16 +183,23 @@ def fit(
         on_epoch(training)
 
 
-def embed(encoder: nn.Module, items: Tensor, *, batch_rows: int = 1024) -> Tensor:
+def embed(encoder: nn.Module, items: Tensor, *, batch_rows: int = 1024, views: int = 0) -> Tensor:
     """Give the representations of items, without gradients.
 
-    Shapes: (N, ...) -> (N, D) float32.
+    Args:
+        encoder: the network.
+        items: what it takes.
+        batch_rows: items that it takes at once.
+        views: times each item is seen as in training, with dropout: rows that were learned from then spread as other
+            rows will. 0: once, as it is encoded.
+
+    Shapes: (N, ...) -> (N, D) float32, or (views x N, D).
     """
     was_training = encoder.training
-    encoder.eval()
+    encoder.train(views > 0)
     device = next(encoder.parameters(), items).device
     with torch.inference_mode():
-        parts = [encoder(part.to(device)).float() for part in items.split(batch_rows)]
+        parts = [encoder(part.to(device)).float() for _ in range(views or 1) for part in items.split(batch_rows)]
     encoder.train(was_training)
     return torch.cat(parts).clone()
 

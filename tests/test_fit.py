@@ -301,6 +301,15 @@ def test_embed_equals_the_encoder_in_evaluation_and_leaves_its_mode():
         assert encoder.training == training and not given.requires_grad and not given.is_inference()
 
 
+def test_views_are_what_training_sees_one_whole_set_after_another():
+    encoder = Encoder(nn.Sequential(nn.Linear(12, DIM), nn.Dropout(0.5)), DIM, normalize=False).eval()
+    items = make_set()[0]
+    views = embed(encoder, items, batch_rows=100, views=200).unflatten(0, (200, len(items)))
+    assert not torch.equal(views[0], views[1]) and not encoder.training
+    # Dropout keeps the mean: of enough views it is the row itself.
+    torch.testing.assert_close(views.mean(0), embed(encoder, items), atol=0.35, rtol=0.35)
+
+
 def test_without_a_process_group_rows_are_gathered_from_here_alone():
     y = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     assert gather_rows(y) is y

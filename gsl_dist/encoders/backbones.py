@@ -37,6 +37,7 @@ class MlpConfig(Strict):
         lt=1,
         description="share of inputs and hidden units left out in a step; drawn by each worker for its rows",
     )
+    input_dropout: float | None = Field(default=None, ge=0, lt=1, description="of inputs; None: as `dropout`")
     normalize: bool = True
 
 
@@ -123,7 +124,8 @@ def _prepare(items: Tensor) -> Tensor:
 
 def _make_mlp(width: int, config: MlpConfig) -> nn.Module:
     drop = [nn.Dropout(config.dropout)] if config.dropout else []
-    layers: list[nn.Module] = [nn.Flatten(), *drop]
+    at_inputs = config.dropout if config.input_dropout is None else config.input_dropout
+    layers: list[nn.Module] = [nn.Flatten(), *([nn.Dropout(at_inputs)] if at_inputs else [])]
     for before, after in pairwise((width, *config.hidden)):
         layers += [nn.Linear(before, after), nn.ReLU(), *drop]
     return nn.Sequential(*layers, nn.Linear((width, *config.hidden)[-1], config.dim))
