@@ -2,9 +2,11 @@
 
 Methods at equal bytes over the same rows: faiss's PQ, OPQ, residual and local search quantizers, this project's own,
 and these once more after their codewords learned to rank (`gsl_dist.ranked`, default settings, codes and search
-unchanged). Search is exhaustive: `l2` ranks by the exact distance to the decoded item, `cosine` by the angle to it,
-which is worth having where all vectors have about one length. The database is what codebooks are trained on; no query
-takes part. A finished run is a line or two of results/labelfree.jsonl.
+unchanged). `composite` starts from the codebook that is named and learns scores by look-ups alone: as long as the codes
+of OPQ and searched as fast. Search is exhaustive: `l2` ranks by the exact distance to the decoded item, or by the
+score of composite codes; `cosine` by the angle to the decoded item, which is worth having where all vectors have about
+one length. The database is what codebooks are trained on; no query takes part. A finished run is a line or two of
+results/labelfree.jsonl.
 
 python benchmarks/labelfree.py cifar-embeddings [--bytes 8 16] [--seeds 3] [--method NAME ...] [--rows 50000]
 """
@@ -16,7 +18,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -38,7 +40,7 @@ from gsl_dist.quantizers import (
     make_quantizer,
     train_codebook,
 )
-from gsl_dist.ranked import RankedConfig, learn_ranked, mine_neighbours
+from gsl_dist.ranked import RankedConfig, find_coded, learn_ranked, mine_neighbours
 
 LLOYD = LloydConfig(iterations=15)
 LOG = RESULTS / "labelfree.jsonl"
@@ -127,12 +129,18 @@ def run_ours(make: Callable[[int], QuantizerConfig]) -> Callable[[Split, int, in
     return method
 
 
-def run_ranked(make: Callable[[int], QuantizerConfig]) -> Callable[[Split, int, int], dict[str, Rank]]:
+def run_ranked(
+    make: Callable[[int], QuantizerConfig], scores: Literal["exact", "tables"] = "exact"
+) -> Callable[[Split, int, int], dict[str, Rank]]:
+    config = RankedConfig(scores=scores)
+
     def method(split: Split, count: int, seed: int) -> dict[str, Rank]:
         base = torch.from_numpy(split.database)
         quantizer = make_quantizer(make(count), base.shape[1])
         start = train_codebook(base, quantizer, LLOYD, seed=seed).codebook
-        codebook = learn_ranked(mine_neighbours(base, RankedConfig()), start, RankedConfig(), seed=seed)
+        codebook = learn_ranked(mine_neighbours(base, config), start, config, seed=seed)
+        if scores == "tables":
+            return {"l2": lambda queries: find_coded(base, queries, codebook, 100)}
         return rank_decoded(decode(*quantizer.encode(base, codebook), codebook))
 
     return method
@@ -176,6 +184,9 @@ METHODS: dict[str, Callable[[Split, int, int], dict[str, Rank]]] = {
     "opq ranked": run_ranked(optimized),
     "rq ranked": run_ranked(residual),
     "lsq ranked": run_ranked(local_search),
+    "composite of pq": run_ranked(product, "tables"),
+    "composite of opq": run_ranked(optimized, "tables"),
+    "composite of rq": run_ranked(residual, "tables"),
 }
 
 

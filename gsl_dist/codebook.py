@@ -3,8 +3,13 @@
 A vector x is turned by the rotation R, if there is one: z = R x. It belongs to the cell c of the coarse partition whose
 centroid is nearest to z. Its code stands for z itself, or for the residual z - coarse[c], as M choices among K
 codewords each. In a product codebook (`pq`) choice m stands for the m-th of M equal parts of the vector; in an additive
-one (`rq`, `lsq`) the vector is the sum of the M codewords. The fingerprint hashes every array and flag; codes, shards
-and manifests carry it, so that a code is never read with another codebook than the one that wrote it.
+one (`rq`, `lsq`, `cq`) the vector is the sum of the M codewords. In a composite one (`cq`) each codeword also has a
+bias, its share of -|x|^2 / 2, so that scores of queries need nothing but look-ups. The fingerprint hashes every array
+and flag that decides what a code stands for; codes, shards and manifests carry it, so that a code is never read with
+another codebook than the one that wrote it.
+
+Codewords that learned to rank may lie elsewhere than those by which codes were found when they learned. The latter are
+kept as `landing`: codes of further vectors are found by them too. What a code stands for does not depend on them.
 
 This module knows nothing of how a codebook is trained.
 """
@@ -15,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,7 +32,9 @@ from safetensors.numpy import save as save_tensors
 from gsl_dist.errors import ArtefactError
 from gsl_dist.storage import Folder
 
-KINDS = ("pq", "rq", "lsq")
+KINDS = ("pq", "rq", "lsq", "cq")
+_AXES = {"coarse": 2, "books": 3, "rotation": 2, "bias": 2, "landing": 3, "landing_bias": 2}
+_MEANING = ("coarse", "books", "rotation", "bias")
 
 FloatArray = NDArray[np.float32]
 CodeArray = NDArray[np.uint8]
@@ -42,10 +49,14 @@ class Codebook:
         coarse: centroids of the cells, rotated; a single row of zeros where there is no partition.
         books: the codewords of each choice.
         residual: whether codes stand for what the cell's centroid leaves over.
-        kind: `pq`, product codes; `rq` and `lsq`, codewords that add up, which differ in how codes are searched for.
+        kind: `pq`, product codes; `rq`, `lsq` and `cq`, codewords that add up, which differ in how codes are searched
+            for and in what a query looks up.
         rotation: R, orthogonal; None where vectors are coded as they are.
+        bias: of each codeword, of a composite codebook and no other.
+        landing: the codewords by which codes are found, where these are others than `books`.
+        landing_bias: their biases, in a composite codebook.
 
-    Shapes: coarse (C, D) float32; books (M, K, d) float32; rotation (D, D) float32.
+    Shapes: coarse (C, D), books and landing (M, K, d), rotation (D, D), bias and landing_bias (M, K), all float32.
     """
 
     coarse: FloatArray
@@ -53,16 +64,24 @@ class Codebook:
     residual: bool
     kind: str = "pq"
     rotation: FloatArray | None = None
+    bias: FloatArray | None = None
+    landing: FloatArray | None = None
+    landing_bias: FloatArray | None = None
 
     def __post_init__(self) -> None:
         for name, array in self.arrays().items():
             array = np.array(array, dtype=np.float32, order="C")
-            assert array.ndim == {"coarse": 2, "books": 3, "rotation": 2}[name], (name, array.shape)
+            assert array.ndim == _AXES[name], (name, array.shape)
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         assert self.kind in KINDS, self.kind
         assert self.coarse.shape[1] == self.dim, (self.coarse.shape, self.books.shape)
         assert self.codewords == 1 << self.bits <= 256, self.books.shape
+        assert (self.bias is not None) == (self.kind == "cq"), self.kind
+        assert self.bias is None or (self.bias.shape == self.books.shape[:2] and not self.residual), self.bias.shape
+        assert self.landing is None or self.landing.shape == self.books.shape, self.landing.shape
+        assert (self.landing_bias is not None) == (self.landing is not None and self.bias is not None), self.kind
+        assert self.landing_bias is None or self.landing_bias.shape == self.books.shape[:2], self.landing_bias.shape
         assert self.rotation is None or self.rotation.shape == (self.dim, self.dim), self.rotation.shape
 
     @property
@@ -106,12 +125,20 @@ class Codebook:
         return (self.code_bits + 7) // 8
 
     @cached_property
+    def landed(self) -> Codebook:
+        """Give the codebook by which codes are found."""
+        if self.landing is None:
+            return self
+        return replace(self, books=self.landing, bias=self.landing_bias, landing=None, landing_bias=None)
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Give a hash of everything that decides what a code means."""
+        """Give a hash of everything that decides what a code stands for."""
         digest = hashlib.sha256(json.dumps(self._flags(), sort_keys=True).encode())
-        for array in self.arrays().values():
-            digest.update(json.dumps(array.shape).encode())
-            digest.update(array.astype("<f4", copy=False).tobytes())
+        for name, array in self.arrays().items():
+            if name in _MEANING:
+                digest.update(json.dumps(array.shape).encode())
+                digest.update(array.astype("<f4", copy=False).tobytes())
         return digest.hexdigest()[:32]
 
     def pack(self, codes_NM: NDArray[np.integer]) -> CodeArray:
@@ -155,12 +182,13 @@ class Codebook:
 
     def arrays(self) -> dict[str, FloatArray]:
         """Give the arrays by their names, those that there are."""
-        given = {"coarse": self.coarse, "books": self.books, "rotation": self.rotation}
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name in _AXES}
         return {name: array for name, array in given.items() if array is not None}
 
     def save(self, folder: Folder, name: str) -> None:
         """Write the codebook as one safetensors file with its flags and fingerprint in the header."""
-        header = {"gsl_codebook": json.dumps(self._flags() | {"fingerprint": self.fingerprint})}
+        marks = {"fingerprint": self.fingerprint, "landed_fingerprint": self.landed.fingerprint}
+        header = {"gsl_codebook": json.dumps(self._flags() | marks)}
         folder.write_bytes(name, save_tensors(self.arrays(), metadata=header))
 
     @classmethod
@@ -175,12 +203,13 @@ class Codebook:
             tensors = load_tensors(content)
             length = int.from_bytes(content[:8], "little")
             flags = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["gsl_codebook"])
-            wanted = flags.pop("fingerprint")
+            wanted = flags.pop("fingerprint"), flags.pop("landed_fingerprint", None)
             codebook = cls(**tensors, **flags)
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise ArtefactError(folder.path(name), f"it is not a codebook ({error or type(error).__name__})") from error
-        if codebook.fingerprint != wanted:
-            raise ArtefactError(folder.path(name), f"fingerprint {codebook.fingerprint}, but {wanted} was written")
+        found = codebook.fingerprint, codebook.landed.fingerprint
+        if found != (wanted[0], wanted[1] or wanted[0]):
+            raise ArtefactError(folder.path(name), f"fingerprint {found[0]}, but {wanted[0]} was written")
         return codebook
 
     def _flags(self) -> dict[str, str | bool]:

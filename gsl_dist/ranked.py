@@ -5,15 +5,19 @@ A codebook of any kind that was fitted to lower the quantization error is taken 
 a listwise loss on the very distances that the index will compute, between a query as it is and what an item's code
 stands for. Two steps take turns:
 
-    learn    codes fixed, codewords lower  listwise + |x - x^|^2: a row as query tells its true neighbours from near
-             misses and from the rest of the batch by the softmax of -|q - x^|^2 / (2 temperature)
+    learn    codes fixed, codewords lower  listwise + misfit: a row as query tells its true neighbours from near misses
+             and from the rest of the batch by the softmax of score / temperature
     encode   codes are searched for anew, as the quantizer does
 
-and at the end codewords are learned without the second term. Codes, index and search stay what they were: only the
-numbers in the codebook differ. Cells and rotation are left as they are.
+and at the end codewords are learned without the second term. What scores are is a choice:
 
-The last learning fits codewords to the codes of the rows learned from, so these rows should be encoded as the corpus
-will be. This module knows neither files nor how many machines there are.
+    exact    -|q - x^|^2 / 2, the misfit is |x - x^|^2. Kind, index and search stay what they were.
+    tables   the codebook becomes a composite one (`gsl_dist.quantizers.composite`): score and misfit J are as told
+             there. Additive codes are then searched as fast as product codes.
+
+Cells are left as they are. The codewords before the last learning stay in the codebook as its `landing`: codes are
+found by them, whatever the row, and stand for the codewords that were learned last. This module knows neither files nor
+how many machines there are.
 """
 
 # Shapes: N rows, D dims, M books, K codewords, B rows of a batch, k neighbours
@@ -24,6 +28,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,7 +39,8 @@ from torch.nn import functional as F
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict
 from gsl_dist.errors import BadInput
-from gsl_dist.quantizers import decode, open_quantizer, rotate
+from gsl_dist.quantizers import open_quantizer, rotate
+from gsl_dist.quantizers.composite import compose, measure_misfit
 
 POSITIVES = 10
 _CHUNK_FLOATS = 1 << 23
@@ -44,11 +50,15 @@ _NEAR, _FAR = 31, 32
 class RankedConfig(Strict):
     """How codewords learn to rank."""
 
-    rounds: int = Field(default=4, ge=0, description="turns of learning and encoding")
+    scores: Literal["exact", "tables"] = Field(
+        default="exact",
+        description="distances to decoded vectors, or look-ups alone",
+    )
+    rounds: int = Field(default=2, ge=0, description="turns of learning and encoding")
     steps: int = Field(default=80, ge=1, description="gradient steps of a turn")
-    last_steps: int = Field(default=160, ge=0, description="gradient steps at the end, codes fixed for good")
+    last_steps: int = Field(default=300, ge=0, description="gradient steps at the end, codes fixed for good")
     learning_rate: float = Field(default=5e-4, gt=0, description="for vectors of mean squared length 1")
-    batch_rows: int = Field(default=2048, ge=64, description="rows that meet in a step, about")
+    batch_rows: int = Field(default=1024, ge=64, description="rows that meet in a step, about")
     fidelity: float = Field(default=1.0, ge=0, description="weight of the quantization error in a turn")
     temperature: float = Field(default=0.03, gt=0, description="of the softmax at first; it is learned")
     softness: float = Field(default=0.1, gt=0, description="width of the border of true neighbours, in their distance")
@@ -118,19 +128,23 @@ def learn_ranked(
 
     Args:
         mined: rows to learn from, and their neighbours.
-        start: the codebook; its cells and its rotation stay.
+        start: the codebook; its cells stay.
         config: how.
         seed: decides which rows meet.
         on_round: called after every turn.
     """
-    rng, quantizer, codebook = np.random.default_rng(seed), open_quantizer(start), start
+    rng, codebook = np.random.default_rng(seed), start
+    if config.scores == "tables":
+        codebook = compose(start, mined.x_ND, open_quantizer(start).encode(mined.x_ND, start)[1])
     temperature = math.log(config.temperature * mined.energy)
     for number in range(config.rounds + 1):
-        cells_N, codes_NM = quantizer.encode(mined.x_ND, codebook)
-        words = _Words(codebook, cells_N, codes_NM.long(), temperature)
         last = number == config.rounds
+        cells_N, codes_NM = open_quantizer(codebook, hasty=not last).encode(mined.x_ND, codebook)
+        words = _Words(codebook, cells_N, codes_NM.long(), temperature)
         _descend(words, mined, config, rng, last=last)
-        codebook, temperature = words.settle()
+        before, (codebook, temperature) = codebook, words.settle()
+        if last:
+            codebook = replace(codebook, landing=before.books, landing_bias=before.bias)
         on_round(number, codebook)
     return codebook
 
@@ -164,9 +178,20 @@ def measure_recall(x_ND: Tensor, queries_QD: Tensor, truth_Qk: Tensor, codebook:
 
     Shapes: x_ND (N, D), queries (Q, D), truth (Q, k).
     """
-    decoded_ND = decode(*open_quantizer(codebook).encode(x_ND, codebook), codebook)
-    found_Qk = find_neighbours(decoded_ND, truth_Qk.shape[1], queries_QD=queries_QD)
+    found_Qk = find_coded(x_ND, queries_QD, codebook, truth_Qk.shape[1])
     return float((found_Qk[:, :, None] == truth_Qk[:, None]).any(2).double().mean())
+
+
+def find_coded(x_ND: Tensor, queries_QD: Tensor, codebook: Codebook, k: int) -> Tensor:
+    """Give the k rows that are nearest to each query by their codes, nearest first.
+
+    Shapes: x_ND (N, D), queries (Q, D) -> (Q, k) int64.
+    """
+    quantizer = open_quantizer(codebook)
+    cells_N, codes_NM = quantizer.encode(x_ND, codebook)
+    parts = queries_QD.split(max(1, _CHUNK_FLOATS // len(x_ND)))
+    found = [quantizer.measure_distances(part, cells_N, codes_NM, codebook).topk(k, largest=False) for part in parts]
+    return torch.cat([nearest.indices for nearest in found])
 
 
 def draw_batch(near_Nk: Tensor, size: int, rng: np.random.Generator) -> Tensor:
@@ -202,40 +227,57 @@ def rank_in_batch(x_BD: Tensor, scores_BB: Tensor, reach_B: Tensor, softness: fl
 
 
 class _Words:
-    """What gradients move, the codewords and the logarithm of the temperature, and the codes that hold still."""
+    """What gradients move, codewords, biases and the logarithm of the temperature, and the codes that hold still."""
 
     def __init__(self, codebook: Codebook, cells_N: Tensor, codes_NM: Tensor, temperature: float) -> None:
         self.codebook, self.cells_N, self.codes_NM = codebook, cells_N, codes_NM
         self.books_MKd = torch.tensor(codebook.books).requires_grad_()
+        self.bias_MK = None if codebook.bias is None else torch.tensor(codebook.bias).requires_grad_()
         self.coarse_CD = torch.tensor(codebook.coarse) * float(codebook.residual)
         self.temperature = torch.tensor(temperature).requires_grad_()
 
-    def decode(self, rows_B: Tensor) -> Tensor:
-        """Give what the codes of rows stand for, in the codewords' frame: (B,) -> (B, D)."""
+    @property
+    def moving(self) -> list[Tensor]:
+        """Give the codewords, and the biases if there are any."""
+        return [self.books_MKd] if self.bias_MK is None else [self.books_MKd, self.bias_MK]
+
+    def score(self, x_BD: Tensor, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the score of each row as query and each as item, and the misfit of each row with its code.
+
+        Shapes: x_BD (B, D), in the codewords' frame; rows_B (B,) -> (B, B), (B,).
+        """
+        found_BD = self._decode(rows_B)
+        if self.bias_MK is None:
+            return x_BD @ found_BD.T - found_BD.square().sum(1) / 2, (x_BD - found_BD).square().sum(1)
+        bias_B = self.bias_MK[torch.arange(len(self.bias_MK)), self.codes_NM[rows_B]].sum(1)
+        return x_BD @ found_BD.T + bias_B, measure_misfit(x_BD, found_BD, bias_B)
+
+    def settle(self) -> tuple[Codebook, float]:
+        """Give the codebook as it now is, and the logarithm of the temperature."""
+        bias = None if self.bias_MK is None else self.bias_MK.detach().numpy()
+        learned = replace(self.codebook, books=self.books_MKd.detach().numpy(), bias=bias)
+        return learned, float(self.temperature.detach())
+
+    def _decode(self, rows_B: Tensor) -> Tensor:
         parts = [words_Kd[code_B] for words_Kd, code_B in zip(self.books_MKd, self.codes_NM[rows_B].T, strict=True)]
         whole_BD = torch.stack(parts).sum(0) if self.codebook.additive else torch.cat(parts, dim=1)
         return whole_BD + self.coarse_CD[self.cells_N[rows_B]]
 
-    def settle(self) -> tuple[Codebook, float]:
-        """Give the codebook as it now is, and the logarithm of the temperature."""
-        return replace(self.codebook, books=self.books_MKd.detach().numpy()), float(self.temperature.detach())
-
 
 def _descend(words: _Words, mined: Mined, config: RankedConfig, rng: np.random.Generator, *, last: bool) -> None:
     steps, rate = config.last_steps if last else config.steps, config.learning_rate * math.sqrt(mined.energy)
-    groups = [{"params": [words.books_MKd], "lr": rate}, {"params": [words.temperature], "lr": 5e-3}]
+    groups = [{"params": words.moving, "lr": rate}, {"params": [words.temperature], "lr": 5e-3}]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
     pace = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * (0.51 + 0.5 * math.cos(math.pi * step / max(1, steps)))
     )
     for _ in range(steps):
         rows_B = draw_batch(mined.near_Nk, config.batch_rows, rng)
-        x_BD = rotate(mined.x_ND[rows_B], words.codebook)
-        found_BD = words.decode(rows_B)
-        scores_BB = (x_BD @ found_BD.T - found_BD.square().sum(1) / 2) / words.temperature.exp()
-        loss = rank_in_batch(x_BD, scores_BB, mined.reach(rows_B), config.softness)
+        x_BD = mined.x_ND[rows_B]
+        scores_BB, misfit_B = words.score(rotate(x_BD, words.codebook), rows_B)
+        loss = rank_in_batch(x_BD, scores_BB / words.temperature.exp(), mined.reach(rows_B), config.softness)
         if not last:
-            loss = loss + config.fidelity / mined.energy * (x_BD - found_BD).square().sum(1).mean()
+            loss = loss + config.fidelity / mined.energy * misfit_B.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

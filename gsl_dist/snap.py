@@ -59,7 +59,7 @@ from torch import Tensor, nn
 
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict
-from gsl_dist.quantizers import Quantizer, leave_over, open_quantizer
+from gsl_dist.quantizers import Coder, leave_over, open_quantizer
 from gsl_dist.quantizers.base import as_tensor
 
 FindNear = Callable[[int], Tensor]
@@ -164,7 +164,7 @@ class SnappingLayer(nn.Module):
         super().__init__()
         self.config, self.workers = config, workers
         self._codebook: Codebook | None = None
-        self._quantizer: Quantizer | None = None
+        self._quantizer: Coder | None = None
         self._sums = torch.zeros(4, dtype=torch.float64)
 
     @property

@@ -278,3 +278,50 @@ def test_tensors_that_are_no_codebook_are_refused(tmp_path, arrays, header):
     (tmp_path / "c").write_bytes(save(arrays, metadata=header))
     with pytest.raises(ArtefactError):
         Codebook.load(Folder(tmp_path), "c")
+
+
+def make_landing(codebook):
+    """Give the codebook with a landing: its codewords, moved."""
+    bias = None if codebook.bias is None else codebook.bias + 1
+    return dataclasses.replace(codebook, landing=codebook.books + 1, landing_bias=bias)
+
+
+def make_composite(seed=0):
+    rng = np.random.default_rng(seed)
+    books, bias = rng.normal(size=(4, 8, 6)), rng.normal(size=(4, 8))
+    return Codebook(rng.normal(size=(5, 6)), books, residual=False, kind="cq", bias=bias)
+
+
+@pytest.mark.parametrize("codebook", [make_codebook(), make_additive(rotated=True), make_composite()])
+def test_a_landing_is_saved_and_loaded_and_does_not_change_what_codes_stand_for(tmp_path, codebook):
+    landing = make_landing(codebook)
+    assert landing.fingerprint == codebook.fingerprint and codebook.landed is codebook
+    landing.save(Folder(tmp_path), "c")
+    loaded = Codebook.load(Folder(tmp_path), "c")
+    assert loaded.arrays().keys() == landing.arrays().keys()
+    assert all(np.array_equal(array, landing.arrays()[name]) for name, array in loaded.arrays().items())
+    assert np.array_equal(loaded.landed.books, codebook.books + 1) and loaded.landed.landing is None
+
+
+@pytest.mark.parametrize("name", ["landing", "landing_bias", "bias"])
+def test_a_landing_that_was_altered_is_refused(tmp_path, name):
+    landing = make_landing(make_composite())
+    landing.save(Folder(tmp_path), "c")
+    content = (tmp_path / "c").read_bytes()
+    altered = {key: array + (key == name) for key, array in landing.arrays().items()}
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    (tmp_path / "c").write_bytes(save({key: array.astype(np.float32) for key, array in altered.items()}, header))
+    with pytest.raises(ArtefactError, match="fingerprint"):
+        Codebook.load(Folder(tmp_path), "c")
+
+
+@pytest.mark.parametrize("change", [{"bias": None}, {"kind": "rq"}, {"residual": True}, {"bias": np.zeros((4, 7))}])
+def test_a_bias_that_does_not_fit_is_refused(change):
+    with pytest.raises(AssertionError):
+        dataclasses.replace(make_composite(), **change)
+
+
+@pytest.mark.parametrize("change", [{"landing": np.zeros((4, 8, 5))}, {"landing_bias": np.zeros((4, 8))}])
+def test_a_landing_that_does_not_fit_is_refused(change):
+    with pytest.raises(AssertionError):
+        dataclasses.replace(make_additive(), **change)

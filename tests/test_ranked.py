@@ -54,7 +54,13 @@ def start_codebook(kind, x):
 
 
 def recall(codebook, x, queries, truth):
-    decoded = decode(*open_quantizer(codebook).encode(x, codebook), codebook)
+    quantizer = open_quantizer(codebook)
+    cells, codes = quantizer.encode(x, codebook)
+    decoded = decode(cells, codes, codebook)
+    if codebook.bias is not None:  # scores are all there is
+        biases = sum(torch.tensor(codebook.bias)[book][code] for book, code in enumerate(codes.T.long()))
+        found = (queries @ decoded.T + biases).topk(10).indices
+        return np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), truth.tolist(), strict=True)])
     found = torch.cdist(queries, decoded).topk(10, largest=False).indices
     return np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), truth.tolist(), strict=True)])
 
@@ -113,6 +119,20 @@ def test_a_codebook_that_learned_to_rank_finds_more_true_neighbours(kind, images
     learned = learn_ranked(mine_neighbours(x, QUICK), codebook, QUICK, seed=0, on_round=lambda n, c: rounds.append(n))
     assert rounds == [0, 1, 2, 3]
     assert recall(learned, x, queries, truth) > recall(codebook, x, queries, truth) + 0.005
+
+
+@pytest.mark.parametrize("kind", ["pq", "opq", "rq"])
+def test_scores_by_look_up_alone_are_learned_for_and_the_landing_is_kept(kind, images):
+    x, queries = images
+    codebook, truth = start_codebook(kind, x), find_neighbours(x, 10, queries_QD=queries)
+    config, learned = QUICK.model_copy(update={"scores": "tables"}), []
+    mined = mine_neighbours(x, config)
+    final = learn_ranked(mined, codebook, config, seed=0, on_round=lambda n, c: learned.append(c))
+    assert final.kind == "cq" and final.bias.shape == (4, 16)
+    assert np.array_equal(final.landing, learned[-2].books) and np.array_equal(final.landing_bias, learned[-2].bias)
+    untaught = learn_ranked(mined, codebook, config.model_copy(update={"rounds": 0, "last_steps": 0}), seed=0)
+    assert recall(final, x, queries, truth) > recall(untaught, x, queries, truth) + 0.02
+    assert measure_recall(x, queries, truth, final) == pytest.approx(recall(final, x, queries, truth))
 
 
 @every_kind

@@ -22,7 +22,8 @@ def make_codebook(kind="pq", *, bits=4, cells=8, residual=True, rotated=False, d
     books = rng.normal(size=(choices, 1 << bits, dim // choices if kind == "pq" else dim))
     coarse = rng.normal(size=(cells, dim)) * 3
     rotation = np.linalg.qr(rng.normal(size=(dim, dim)))[0] if rotated else None
-    return Codebook(coarse=coarse, books=books, residual=residual, kind=kind, rotation=rotation)
+    bias = rng.normal(size=books.shape[:2]) if kind == "cq" else None
+    return Codebook(coarse=coarse, books=books, residual=residual, kind=kind, rotation=rotation, bias=bias)
 
 
 def make_rows(codebook, rows=300, *, seed=1):

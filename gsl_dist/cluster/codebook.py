@@ -3,7 +3,8 @@
 `source: trained` takes the codebook that the network landed on, bit for bit. `source: fitted` trains one: workers
 embed their slice of a bounded sample and send statistics to the coordinator; nobody sees the whole corpus, and the
 driver sees no row. With `ranked`, one worker then teaches the codewords to rank true neighbours first, on a smaller
-sample: for embeddings that somebody's model gave.
+sample: for embeddings that somebody's model gave. `ranked.scores: tables` makes it a composite codebook, whose codes
+add up and are searched as fast as product codes.
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ class CodebookConfig(Strict):
             raise ValueError("source: trained is the codebook that the network landed on; ranked is for fitted")
         if self.source == "fitted" and (self.corpus is None or self.quantizer is None):
             raise ValueError("source: fitted takes a corpus and a quantizer")
+        if self.ranked and self.ranked.scores == "tables" and self.quantizer and _codes_residuals(self.quantizer):
+            raise ValueError("ranked.scores: tables needs codes of whole vectors: quantizer.residual must be false")
         return self
+
+
+def _codes_residuals(quantizer: QuantizerConfig) -> bool:
+    return quantizer.residual and quantizer.cells > 1
 
 
 def run_codebook(config: CodebookConfig, progress: Progress = stay_quiet) -> Card:

@@ -22,7 +22,7 @@ from gsl_dist.codebook import Codebook, FloatArray
 from gsl_dist.errors import QueryError
 from gsl_dist.hits import Hits, merge_topk
 from gsl_dist.index.manifest import Manifest, ShardEntry, open_codebook, open_version, version_folder
-from gsl_dist.index.shards import read_shard
+from gsl_dist.index.shards import read_distances, read_shard, turn_queries
 from gsl_dist.storage import Folder
 
 MAX_K = 16_384
@@ -90,7 +90,7 @@ class LocalSearcher:
     Args:
         manifest: the version.
         codebook: its codebook.
-        index: the joined lists of the shards; the codebook's rotation is not in it.
+        index: the joined lists of the shards; what turns queries is not in it.
         shards: the names of the shards held here.
     """
 
@@ -117,8 +117,9 @@ class LocalSearcher:
 
     def search_checked(self, queries: FloatArray, k: int, probes: int) -> Hits:
         """Search without looking at the arguments again: for a replica behind a router that has."""
-        turned = self.codebook.rotate(queries)
-        distances, ids = self.index.search(turned, k, params=faiss.SearchParametersIVF(nprobe=probes))
+        turned = turn_queries(queries, self.codebook)
+        answered, ids = self.index.search(turned, k, params=faiss.SearchParametersIVF(nprobe=probes))
+        distances = read_distances(answered, ids, queries, self.codebook)
         found = Hits(ids, distances, len(self.shards), len(self.manifest.shards), self.manifest.version)
         # Puts items at equal distances in the order of their ids, as merging the answers of replicas does.
         return merge_topk([found], k)

@@ -3,11 +3,17 @@
 A faiss index is given our centroids and codewords and our codes go straight into its inverted lists, so building costs
 a sort and a copy. The file opens in plain faiss and answers the same: `pq` as IndexIVFPQ, `rq` and `lsq` as faiss's
 additive indexes, which decode every item they look at: exact, no byte more an item, and about a hundred times slower.
-Where vectors are rotated, the rotation stands before the lists in the file only. In memory a shard is its lists: who
-searches them turns each query once.
+
+A composite codebook (`cq`) is an IndexIVFPQ of inner products over M (D + 1) dims: the query (q, 1) stands there M
+times, part m is compared with the codewords (w_m, b_m), and what faiss adds up is the score of
+`gsl_dist.quantizers.composite`. Codes are as long as ever and look-ups as fast as those of product codes. Such a file
+searches; vectors cannot be added to it by faiss.
+
+What a query must become, the rotation or the repetition, stands before the lists in the file only. In memory a shard is
+its lists: who searches them turns each query once, with `turn_queries`.
 """
 
-# Shapes: N vectors, D dims, C cells, M choices, K codewords
+# Shapes: N vectors, D dims, C cells, M choices, K codewords, Q queries, k neighbours
 
 from __future__ import annotations
 
@@ -17,8 +23,9 @@ from typing import Any, NamedTuple
 import faiss
 import numpy as np
 
-from gsl_dist.codebook import CodeArray, Codebook, IdArray
+from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray
 from gsl_dist.errors import ArtefactError, DataError
+from gsl_dist.hits import FAR
 
 
 class Layout(NamedTuple):
@@ -30,6 +37,7 @@ class Layout(NamedTuple):
         words: the attribute of the codewords, all in a row.
         width: that of the length of one.
         settings: what training would have set, and what is not as faiss has it.
+        metric: of the index.
     """
 
     index: Any
@@ -37,6 +45,7 @@ class Layout(NamedTuple):
     words: str
     width: str
     settings: dict[str, Any]
+    metric: int = faiss.METRIC_L2
 
 
 # Without the flag whoever opens a file makes M^2 K^2 / 2 floats for a way of encoding that is off unless asked for.
@@ -45,18 +54,21 @@ _LAYOUTS = {
     "pq": Layout(faiss.IndexIVFPQ, "pq", "centroids", "dsub", {}),
     "rq": Layout(faiss.IndexIVFResidualQuantizer, "rq", "codebooks", "d", {"is_trained": True, "train_type": _LEAN}),
     "lsq": Layout(faiss.IndexIVFLocalSearchQuantizer, "lsq", "codebooks", "d", {"is_trained": True}),
+    "cq": Layout(faiss.IndexIVFPQ, "pq", "centroids", "dsub", {}, faiss.METRIC_INNER_PRODUCT),
 }
 
 
 def create_shard(codebook: Codebook) -> faiss.IndexIVF:
     """Make empty, trained faiss lists that have this codebook, its rotation apart."""
-    layout, coarse = _LAYOUTS[codebook.kind], faiss.IndexFlatL2(codebook.dim)
-    coarse.add(codebook.coarse)
-    index = layout.index(coarse, codebook.dim, codebook.cells, codebook.sub_vectors, codebook.bits)
+    layout, (centroids, words) = _LAYOUTS[codebook.kind], _lay_out(codebook)
+    coarse = faiss.IndexFlat(centroids.shape[1], layout.metric)
+    coarse.add(centroids)
+    shape = (centroids.shape[1], codebook.cells, codebook.sub_vectors, codebook.bits)
+    index = layout.index(coarse, *shape, layout.metric)
     coarse.this.disown()
     index.own_fields = True
     quantizer = getattr(index, layout.quantizer)
-    faiss.copy_array_to_vector(codebook.books.ravel(), getattr(quantizer, layout.words))
+    faiss.copy_array_to_vector(words.ravel(), getattr(quantizer, layout.words))
     for name, value in layout.settings.items():
         setattr(quantizer, name, value)
     index.by_residual = codebook.residual
@@ -90,15 +102,35 @@ def fill_shard(index: faiss.IndexIVF, ids_N: IdArray, cells_N: IdArray, codes: C
     index.ntotal += len(ids_N)
 
 
+def turn_queries(queries_QD: FloatArray, codebook: Codebook) -> FloatArray:
+    """Give queries as the lists of a codebook take them: rotated, or repeated.
+
+    Shapes: (Q, D) -> (Q, D), or (Q, M (D + 1)) for composite codes.
+    """
+    if codebook.bias is None:
+        return codebook.rotate(queries_QD)
+    return np.tile(np.pad(queries_QD, ((0, 0), (0, 1)), constant_values=1), codebook.sub_vectors)
+
+
+def read_distances(found_Qk: FloatArray, ids_Qk: IdArray, queries_QD: FloatArray, codebook: Codebook) -> FloatArray:
+    """Give squared distances for what lists answered: distances already, or the scores of composite codes.
+
+    Shapes: (Q, k), (Q, k), (Q, D) -> (Q, k).
+    """
+    if codebook.bias is None:
+        return found_Qk
+    with np.errstate(over="ignore"):  # where nothing was found
+        distances_Qk = np.square(queries_QD).sum(1, keepdims=True) - 2 * found_Qk
+    return np.where(ids_Qk < 0, FAR, distances_Qk)
+
+
 def write_shard(index: faiss.IndexIVF, codebook: Codebook, path: Path) -> None:
-    """Write lists, behind the rotation if there is one, as a file that plain faiss searches with any query as it is."""
-    whole = index
-    if codebook.rotation is not None:
-        turn = faiss.LinearTransform(codebook.dim, codebook.dim, False)
-        faiss.copy_array_to_vector(codebook.rotation.ravel(), turn.A)
-        turn.is_trained = True
-        whole = faiss.IndexPreTransform(turn, index)
-    faiss.write_index(whole, str(path))
+    """Write lists, behind what turns queries if need be, as a file that plain faiss searches with any query as it is.
+
+    Plain faiss gives the scores of composite codes, the largest first; all others are squared distances.
+    """
+    turn = _make_turn(codebook)
+    faiss.write_index(index if turn is None else faiss.IndexPreTransform(turn, index), str(path))
 
 
 def read_shard(path: Path, codebook: Codebook) -> faiss.IndexIVF:
@@ -132,13 +164,19 @@ def extract_codebook(index: faiss.Index) -> Codebook:
     kind = _name_kind(lists)
     quantizer = getattr(lists, _LAYOUTS[kind].quantizer)
     words = faiss.vector_to_array(getattr(quantizer, _LAYOUTS[kind].words))
-    return Codebook(
-        coarse=lists.quantizer.reconstruct_n(0, lists.nlist),
-        books=words.reshape(quantizer.M, -1, getattr(quantizer, _LAYOUTS[kind].width)),
-        residual=bool(lists.by_residual),
-        kind=kind,
-        rotation=None if turn is None else faiss.vector_to_array(turn.A).reshape(turn.d_out, turn.d_in),
-    )
+    words_MKd = words.reshape(quantizer.M, -1, getattr(quantizer, _LAYOUTS[kind].width))
+    coarse, matrix = lists.quantizer.reconstruct_n(0, lists.nlist), _read_turn(turn)
+    if kind == "cq":
+        if turn is None:
+            raise ValueError(f"a {type(lists).__name__} of metric {lists.metric_type} must have its queries repeated")
+        width = words_MKd.shape[2] - 1
+        bias_MK = words_MKd[..., width]
+        codebook = Codebook(coarse[:, :width], words_MKd[..., :width], bool(lists.by_residual), kind, bias=bias_MK)
+    else:
+        codebook = Codebook(coarse, words_MKd, bool(lists.by_residual), kind, rotation=matrix)
+    if (turn is not None and turn.have_bias) != (kind == "cq") or _differ(matrix, _read_turn(_make_turn(codebook))):
+        raise ValueError("something else than a rotation stands before its lists")
+    return codebook
 
 
 def read_lists(index: faiss.IndexIVF) -> tuple[IdArray, IdArray, CodeArray]:
@@ -162,17 +200,53 @@ def _split_index(index: faiss.Index) -> tuple[faiss.LinearTransform | None, fais
     if not isinstance(index, faiss.IndexPreTransform):
         return None, index
     turns = [faiss.downcast_VectorTransform(index.chain.at(place)) for place in range(index.chain.size())]
-    if len(turns) != 1 or not isinstance(turns[0], faiss.LinearTransform) or turns[0].have_bias:
+    if len(turns) != 1 or not isinstance(turns[0], faiss.LinearTransform):
         raise ValueError("something else than a rotation stands before its lists")
     return turns[0], faiss.downcast_index(index.index)
 
 
+def _lay_out(codebook: Codebook) -> tuple[FloatArray, FloatArray]:
+    """Give the centroids and the codewords as lists hold them."""
+    if codebook.bias is None:
+        return codebook.coarse, codebook.books
+    centroids = np.zeros((codebook.cells, codebook.sub_vectors * (codebook.dim + 1)), np.float32)
+    # As one part of the query is compared with them, their inner product orders as their distance does.
+    centroids[:, : codebook.dim] = codebook.coarse
+    centroids[:, codebook.dim] = -np.square(codebook.coarse).sum(1) / 2
+    return centroids, np.concatenate([codebook.books, codebook.bias[..., None]], axis=2)
+
+
+def _make_turn(codebook: Codebook) -> faiss.LinearTransform | None:
+    """Give what does to queries in a file what `turn_queries` does in memory; None if that is nothing."""
+    if codebook.rotation is None and codebook.bias is None:
+        return None
+    probe = np.eye(codebook.dim, dtype=np.float32)
+    constant = turn_queries(np.zeros((1, codebook.dim), np.float32), codebook)
+    matrix = turn_queries(probe, codebook) - constant
+    turn = faiss.LinearTransform(codebook.dim, matrix.shape[1], codebook.bias is not None)
+    faiss.copy_array_to_vector(np.ascontiguousarray(matrix.T).ravel(), turn.A)
+    if turn.have_bias:
+        faiss.copy_array_to_vector(constant.ravel(), turn.b)
+    turn.is_trained = True
+    return turn
+
+
+def _read_turn(turn: faiss.LinearTransform | None) -> FloatArray | None:
+    """Give the matrix that queries are multiplied with."""
+    return None if turn is None else faiss.vector_to_array(turn.A).reshape(turn.d_out, turn.d_in)
+
+
+def _differ(one: FloatArray | None, other: FloatArray | None) -> bool:
+    return not np.array_equal(one if one is not None else np.empty(0), other if other is not None else np.empty(0))
+
+
 def _name_kind(lists: faiss.Index) -> str:
-    kind = next((kind for kind, layout in _LAYOUTS.items() if type(lists) is layout.index), None)
-    if kind is None or lists.metric_type != faiss.METRIC_L2:
+    of_lists = (type(lists), lists.metric_type)
+    kind = next((kind for kind, layout in _LAYOUTS.items() if (layout.index, layout.metric) == of_lists), None)
+    if kind is None:
         raise ValueError(f"a {type(lists).__name__} of metric {lists.metric_type} has no codebook")
     # The other ways in which faiss searches sums need norms in the codes, or are not exact.
-    if kind != "pq" and lists.aq.search_type != faiss.AdditiveQuantizer.ST_decompress:
+    if kind in ("rq", "lsq") and lists.aq.search_type != faiss.AdditiveQuantizer.ST_decompress:
         raise ValueError(f"search type {lists.aq.search_type} does not compare queries with decoded vectors")
     return kind
 

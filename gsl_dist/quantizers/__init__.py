@@ -6,7 +6,8 @@ from pydantic import Field
 
 from gsl_dist.codebook import Codebook
 from gsl_dist.quantizers.additive import AdditiveConfig, AdditiveQuantizer
-from gsl_dist.quantizers.base import LloydConfig, Quantizer, decode, leave_over, rotate
+from gsl_dist.quantizers.base import Coder, LloydConfig, Quantizer, decode, leave_over, rotate
+from gsl_dist.quantizers.composite import CompositeQuantizer
 from gsl_dist.quantizers.coordinate import Ask, Rows, Trained, answer, coordinate, train_codebook
 from gsl_dist.quantizers.kmeans import Stats
 from gsl_dist.quantizers.product import OptimizedConfig, OptimizedProductQuantizer, ProductConfig, ProductQuantizer
@@ -23,11 +24,20 @@ def make_quantizer(config: QuantizerConfig, dim: int) -> Quantizer:
     )
 
 
-def open_quantizer(codebook: Codebook) -> Quantizer:
-    """Give the quantizer that a trained codebook belongs to."""
+def open_quantizer(codebook: Codebook, *, hasty: bool = False) -> Coder:
+    """Give what encodes with a trained codebook.
+
+    Args:
+        codebook: any.
+        hasty: search for codes no further than training does; the corpus is encoded with more care.
+    """
+    if codebook.kind == "cq":
+        return CompositeQuantizer(codebook.dim, restarts=2) if hasty else CompositeQuantizer(codebook.dim)
     shape: dict[str, Any] = {"bits": codebook.bits, "cells": codebook.cells, "residual": codebook.residual}
     if codebook.additive:
         config = AdditiveConfig.model_validate(shape | {"kind": codebook.kind, "books": codebook.sub_vectors})
+        if hasty:
+            config = config.model_copy(update={"beam": config.train_beam, "restarts": config.train_restarts})
         return AdditiveQuantizer(config, codebook.dim)
     return ProductQuantizer(ProductConfig(kind="pq", sub_vectors=codebook.sub_vectors, **shape), codebook.dim)
 
@@ -36,6 +46,8 @@ __all__ = [
     "AdditiveConfig",
     "AdditiveQuantizer",
     "Ask",
+    "Coder",
+    "CompositeQuantizer",
     "LloydConfig",
     "OptimizedConfig",
     "OptimizedProductQuantizer",

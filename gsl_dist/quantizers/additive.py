@@ -21,6 +21,7 @@ Additive Quantization, ECCV 2016, and LSQ++, ECCV 2018.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -39,6 +40,10 @@ from gsl_dist.quantizers.kmeans import Stats, Touched, measure_stats, seed_centr
 _CHUNK_FLOATS = 1 << 23
 _RIDGE = 1e-4
 _WIDEST = 64
+SWEEPS = 4
+
+Sweep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Rows and codes in; better codes (N, M), and what each costs (N,)."""
 
 
 class AdditiveConfig(Strict):
@@ -156,7 +161,7 @@ class AdditiveQuantizer:
         Shapes: x_ND (N, D) float32 -> cells (N,) int64, codes (N, M) uint8.
         """
         cells_N, rest_ND = leave_over(x_ND, codebook)
-        return cells_N, self._search(rest_ND, as_tensor(codebook.books, x_ND), self.config.beam).to(torch.uint8)
+        return cells_N, self._search(rest_ND, as_tensor(codebook.landed.books, x_ND), self.config.beam).to(torch.uint8)
 
     def neighbours(self, rest_ND: Tensor, codebook: Codebook, k: int) -> Tensor:
         """Give the k best sums that a beam of at least the training width holds, nearest first.
@@ -188,13 +193,13 @@ class AdditiveQuantizer:
         codes_NM = search_beam(rest_ND, books_MKD, beam).codes_NLM[:, 0]
         if self.config.kind == "rq":
             return codes_NM
-        return revisit_choices(rest_ND, codes_NM, books_MKD, restarts=self.config.restarts)
+        return search_local(rest_ND, codes_NM, books_MKD, restarts=self.config.restarts)
 
     def _search_on(self, coded: Coded, books_MKD: Tensor) -> Tensor:
         if self.config.kind == "rq" or coded.codes_NM is None:
             return self._search(coded.rest_ND, books_MKD, self.config.train_beam)
         restarts = self.config.train_restarts
-        return revisit_choices(coded.rest_ND, coded.codes_NM, books_MKD, restarts=restarts, seed=coded.turn)
+        return search_local(coded.rest_ND, coded.codes_NM, books_MKD, restarts=restarts, seed=coded.turn)
 
 
 @dataclass
@@ -230,16 +235,45 @@ def search_beam(z_ND: Tensor, books_MKD: Tensor, width: int) -> Beam:
     return Beam(torch.cat([part.codes_NLM for part in parts]), torch.cat([part.rests_NLD for part in parts]))
 
 
-def revisit_choices(
-    z_ND: Tensor, codes_NM: Tensor, books_MKD: Tensor, *, restarts: int, sweeps: int = 4, seed: int = 0
+def search_local(
+    z_ND: Tensor, codes_NM: Tensor, books_MKD: Tensor, *, restarts: int, sweeps: int = SWEEPS, seed: int = 0
 ) -> Tensor:
-    """Improve codes: every choice again with the others fixed, then random changes and the same, keeping the best.
-
-    The changes are the same for all rows, so that a row's code does not depend on the rows beside it.
+    """Bring sums of codewords nearer: every choice again with the others fixed, random changes, and again.
 
     Shapes: z_ND (N, D), codes_NM (N, M), books_MKD (M, K, D) -> (N, M) int64.
     """
+
+    def sweep(part_ND: Tensor, part_NM: Tensor) -> tuple[Tensor, Tensor]:
+        return _sweep(part_ND, part_NM, books_MKD, sweeps)
+
     books, words, _ = books_MKD.shape
+    return revisit_choices(z_ND, codes_NM, (books, words), sweep, restarts=restarts, seed=seed)
+
+
+def revisit_choices(
+    z_ND: Tensor,
+    codes_NM: Tensor,
+    shape: tuple[int, int],
+    sweep: Sweep,
+    *,
+    restarts: int,
+    seed: int = 0,
+) -> Tensor:
+    """Improve codes: `sweep` over all choices, then random changes and the same, keeping the best.
+
+    The changes are the same for all rows, so that a row's code does not depend on the rows beside it.
+
+    Args:
+        z_ND: the rows.
+        codes_NM: their codes so far.
+        shape: the numbers of books and of codewords.
+        sweep: chooses again; gives codes and what they cost.
+        restarts: random changes tried.
+        seed: of the changes.
+
+    Shapes: z_ND (N, D), codes_NM (N, M) -> (N, M) int64.
+    """
+    books, words = shape
     draw = torch.Generator().manual_seed(seed)
     changed = max(1, books // 2)
     changes = [
@@ -248,7 +282,7 @@ def revisit_choices(
     ]
     rows = max(1, _CHUNK_FLOATS // words)
     parts = zip(z_ND.split(rows), codes_NM.split(rows), strict=True)
-    return torch.cat([_revisit_chunk(z, codes, books_MKD, changes, sweeps) for z, codes in parts])
+    return torch.cat([_revisit_chunk(z, codes, words, changes, sweep) for z, codes in parts])
 
 
 def scatter_codes(z_ND: Tensor, books: int, words: int) -> Tensor:
@@ -279,7 +313,7 @@ def sum_by_choice(z_ND: Tensor, codes_NM: Tensor, books_MKD: Tensor) -> Stats:
     sums = torch.zeros(size, dims, dtype=torch.float64, device=z_ND.device)
     for book in range(books):
         sums.index_add_(0, places_NM[:, book], z_ND.double())
-    rest_ND = z_ND - _add_up(codes_NM, books_MKD)
+    rest_ND = z_ND - add_up(codes_NM, books_MKD)
     error = float(rest_ND.square().sum(dtype=torch.float64))
     counts = met.view(size, size).cpu().numpy()
     return Stats(counts, sums.view(books, words, dims).cpu().numpy(), error, len(z_ND))
@@ -320,13 +354,17 @@ def _search_chunk(z_ND: Tensor, books_MKD: Tensor, width: int) -> Beam:
 
 
 def _revisit_chunk(
-    z_ND: Tensor, codes_NM: Tensor, books_MKD: Tensor, changes: list[tuple[Tensor, Tensor]], sweeps: int
+    z_ND: Tensor,
+    codes_NM: Tensor,
+    words: int,
+    changes: list[tuple[Tensor, Tensor]],
+    sweep: Sweep,
 ) -> Tensor:
-    best_NM, error_N = _sweep(z_ND, codes_NM, books_MKD, sweeps)
+    best_NM, error_N = sweep(z_ND, codes_NM)
     for where, shift in changes:
         tried_NM = best_NM.clone()
-        tried_NM[:, where] = (tried_NM[:, where] + shift.to(best_NM.device)) % books_MKD.shape[1]
-        tried_NM, tried_N = _sweep(z_ND, tried_NM, books_MKD, sweeps)
+        tried_NM[:, where] = (tried_NM[:, where] + shift.to(best_NM.device)) % words
+        tried_NM, tried_N = sweep(z_ND, tried_NM)
         better_N = tried_N < error_N
         best_NM = torch.where(better_N[:, None], tried_NM, best_NM)
         error_N = torch.where(better_N, tried_N, error_N)
@@ -336,7 +374,7 @@ def _revisit_chunk(
 def _sweep(z_ND: Tensor, codes_NM: Tensor, books_MKD: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
     """Choose again in every book with the others fixed, some times over; give codes and squared errors."""
     codes_NM = codes_NM.clone()
-    rest_ND = z_ND - _add_up(codes_NM, books_MKD)
+    rest_ND = z_ND - add_up(codes_NM, books_MKD)
     norms_MK = books_MKD.square().sum(2)
     moving = torch.arange(len(z_ND), device=z_ND.device)
     for _ in range(sweeps):
@@ -353,7 +391,8 @@ def _sweep(z_ND: Tensor, codes_NM: Tensor, books_MKD: Tensor, sweeps: int) -> tu
     return codes_NM, rest_ND.square().sum(1)
 
 
-def _add_up(codes_NM: Tensor, books_MKD: Tensor) -> Tensor:
+def add_up(codes_NM: Tensor, books_MKD: Tensor) -> Tensor:
+    """Give the sum of the chosen codewords: (N, M), (M, K, D) -> (N, D)."""
     total_ND = torch.zeros(len(codes_NM), books_MKD.shape[2], dtype=books_MKD.dtype, device=books_MKD.device)
     for book, book_KD in enumerate(books_MKD):
         total_ND += book_KD[codes_NM[:, book]]

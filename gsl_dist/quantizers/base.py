@@ -40,10 +40,26 @@ Plan = tuple[tuple[str, int], ...]
 """Phases in their order, with the iterations of each."""
 
 
-class Quantizer(Protocol):
-    """A family of codebooks and how one is trained and used."""
+class Coder(Protocol):
+    """How codebooks of one kind are used."""
 
     dim: int
+
+    def encode(self, x_ND: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+        """Give each vector its cell and its code, (N,) int64 and (N, M) uint8."""
+
+    def neighbours(self, rest_ND: Tensor, codebook: Codebook, k: int) -> Tensor:
+        """Give what the k codes nearest to each row stand for, in blocks, nearest first.
+
+        Shapes: rest_ND (N, D), as `leave_over` gives it -> (N, G, k, d); fewer than k where there are no more.
+        """
+
+    def measure_distances(self, queries_QD: Tensor, cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
+        """Give the squared distance of each query to each item that look-up tables say, (Q, N) float32."""
+
+
+class Quantizer(Coder, Protocol):
+    """A family of codebooks and how one is trained and used."""
 
     @property
     def min_rows(self) -> int:
@@ -66,18 +82,6 @@ class Quantizer(Protocol):
 
     def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
         """Give the codebook that the statistics of all rows call for."""
-
-    def encode(self, x_ND: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
-        """Give each vector its cell and its code, (N,) int64 and (N, M) uint8."""
-
-    def neighbours(self, rest_ND: Tensor, codebook: Codebook, k: int) -> Tensor:
-        """Give what the k codes nearest to each row stand for, in blocks, nearest first.
-
-        Shapes: rest_ND (N, D), as `leave_over` gives it -> (N, G, k, d); fewer than k where there are no more.
-        """
-
-    def measure_distances(self, queries_QD: Tensor, cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
-        """Give the squared distance of each query to each decoded item by look-up tables, (Q, N) float32."""
 
 
 def find_cells(z_ND: Tensor, codebook: Codebook) -> Tensor:

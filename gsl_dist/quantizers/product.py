@@ -132,7 +132,7 @@ class ProductQuantizer:
         Shapes: x_ND (N, D) float32 -> cells (N,) int64, codes (N, M) uint8.
         """
         cells_N, rest_ND = leave_over(x_ND, codebook)
-        codes_MN, _ = find_nearest(self._cut(rest_ND), as_tensor(codebook.books, x_ND))
+        codes_MN, _ = find_nearest(self._cut(rest_ND), as_tensor(codebook.landed.books, x_ND))
         return cells_N, codes_MN.T.to(torch.uint8)
 
     def neighbours(self, rest_ND: Tensor, codebook: Codebook, k: int) -> Tensor:

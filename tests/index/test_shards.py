@@ -13,8 +13,10 @@ from gsl_dist.index.shards import (  # noqa: E402
     create_shard,
     extract_codebook,
     fill_shard,
+    read_distances,
     read_lists,
     read_shard,
+    turn_queries,
     write_shard,
 )
 
@@ -154,6 +156,42 @@ def test_lists_outlive_the_file_that_they_were_taken_from(tmp_path, kind, rotate
         assert_nearest(*found, queries, *decode_rows(codebook, rows))
 
 
+@pytest.mark.parametrize("cells", [1, 7])
+@pytest.mark.parametrize("bits", [1, 5, 8])
+def test_plain_faiss_ranks_composite_codes_by_their_score(tmp_path, bits, cells):
+    codebook, queries = make_codebook("cq", bits=bits, cells=cells, residual=False, choices=4), make_queries(7)
+    rows = make_rows(codebook)
+    path = make_file(tmp_path, codebook, rows)
+    codes = codebook.unpack(rows[2])
+    vectors = codebook.decode(rows[1], codes)
+    scores = queries @ vectors.T + codebook.bias[np.arange(4), codes].sum(1)
+    everywhere = faiss.SearchParametersIVF(nprobe=codebook.cells)
+    found, ids = faiss.read_index(str(path)).search(queries, 10, params=everywhere)
+    np.testing.assert_allclose(found, -np.sort(-scores, axis=1)[:, :10], rtol=1e-4, atol=1e-4)
+    lists = read_shard(path, codebook)
+    answered, again = lists.search(turn_queries(queries, codebook), 10, params=everywhere)
+    assert np.array_equal(again, ids)
+    far = np.square(queries).sum(1, keepdims=True) - 2 * found
+    np.testing.assert_allclose(read_distances(answered, ids, queries, codebook), far, rtol=1e-4, atol=1e-3)
+    assert extract_codebook(faiss.read_index(str(path))).fingerprint == codebook.fingerprint
+    assert by_id(read_lists(lists)) == by_id(rows)
+
+
+def test_composite_lists_are_chosen_by_distance(tmp_path):
+    codebook, queries = make_codebook("cq", residual=False), make_queries(40)
+    lists = read_shard(make_file(tmp_path, codebook, make_rows(codebook)), codebook)
+    cells = lists.quantizer.search(turn_queries(queries, codebook), 3)[1]
+    wanted = np.square(queries[:, None] - codebook.coarse).sum(axis=2).argsort(axis=1)[:, :3]
+    assert np.array_equal(cells, wanted)
+
+
+def test_the_landing_is_not_in_the_file_and_does_not_matter_to_it(tmp_path):
+    codebook = make_codebook("rq")
+    landing = replace(codebook, landing=codebook.books + 1)
+    path = make_file(tmp_path, codebook, make_rows(codebook))
+    assert read_shard(path, landing).ntotal == 300 and landing.fingerprint == codebook.fingerprint
+
+
 def test_opening_residual_codes_makes_no_tables(tmp_path):
     codebook = make_codebook("rq")
     plain = faiss.read_index(str(make_file(tmp_path, codebook, make_rows(codebook))))
@@ -245,7 +283,7 @@ def make_foreign(name):
 @pytest.mark.parametrize(
     "name, match",
     [
-        ("another metric", "IndexIVFPQ of metric 0"),
+        ("another metric", "IndexIVFPQ of metric 0 must have its queries repeated"),
         ("refined", "IndexIVFPQR"),
         ("norms left out", "search type 1"),
         ("normalised", "else than a rotation"),

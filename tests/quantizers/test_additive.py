@@ -10,7 +10,7 @@ from reference import beam_in_loops, count_choices, descend_in_loops, sum_exhaus
 from gsl_dist.codebook import Codebook
 from gsl_dist.quantizers import AdditiveConfig, LloydConfig, ProductConfig, decode, make_quantizer, train_codebook
 from gsl_dist.quantizers import additive as module
-from gsl_dist.quantizers.additive import revisit_choices, scatter_codes, search_beam, solve_books, sum_by_choice
+from gsl_dist.quantizers.additive import scatter_codes, search_beam, search_local, solve_books, sum_by_choice
 
 every_kind = pytest.mark.parametrize("kind", ["rq", "lsq"])
 LLOYD = LloydConfig(iterations=5, refresh_iterations=3)
@@ -107,12 +107,12 @@ def test_without_books_a_beam_leaves_the_rows_as_they_are():
 
 def test_searching_in_chunks_equals_searching_at_once(monkeypatch):
     rows, codes, books = make_rows(), make_codes(), make_books()
-    whole, revisited = search_beam(rows, books, 3), revisit_choices(rows, codes, books, restarts=4)
+    whole, revisited = search_beam(rows, books, 3), search_local(rows, codes, books, restarts=4)
     monkeypatch.setattr(module, "_CHUNK_FLOATS", 50)
     parts = search_beam(rows, books, 3)
     assert torch.equal(parts.codes_NLM, whole.codes_NLM)
     torch.testing.assert_close(parts.rests_NLD, whole.rests_NLD)
-    assert torch.equal(revisit_choices(rows, codes, books, restarts=4), revisited)
+    assert torch.equal(search_local(rows, codes, books, restarts=4), revisited)
 
 
 # Choosing again
@@ -121,7 +121,7 @@ def test_searching_in_chunks_equals_searching_at_once(monkeypatch):
 @pytest.mark.parametrize("sweeps", [1, 2, 4])
 def test_choosing_again_equals_the_loop(sweeps):
     rows, codes, books = make_rows(), make_codes(), make_books()
-    found = revisit_choices(rows, codes, books, restarts=0, sweeps=sweeps)
+    found = search_local(rows, codes, books, restarts=0, sweeps=sweeps)
     wanted = [
         descend_in_loops(row, code, books.tolist(), sweeps)
         for row, code in zip(rows.tolist(), codes.tolist(), strict=True)
@@ -131,7 +131,7 @@ def test_choosing_again_equals_the_loop(sweeps):
 
 def test_sweeps_end_where_no_single_change_helps():
     rows, codes, books = make_rows(), make_codes(), make_books()
-    settled = revisit_choices(rows, codes, books, restarts=0, sweeps=50)
+    settled = search_local(rows, codes, books, restarts=0, sweeps=50)
     errors = measure_errors(rows, settled, books)
     for place, word in itertools.product(range(3), range(4)):
         changed = settled.clone()
@@ -144,7 +144,7 @@ def test_no_sweep_and_no_restart_raises_the_error_of_any_row(sweeps):
     rows, codes, books = make_rows(200), make_codes(200), make_books()
     errors = [measure_errors(rows, codes, books)]
     for restarts in (0, 1, 4, 16):
-        found = revisit_choices(rows, codes, books, restarts=restarts, sweeps=sweeps)
+        found = search_local(rows, codes, books, restarts=restarts, sweeps=sweeps)
         errors.append(measure_errors(rows, found, books))
     assert all((later <= earlier + 1e-12).all() for earlier, later in itertools.pairwise(errors))
     assert errors[-1].sum() < errors[1].sum() < errors[0].sum()
@@ -152,7 +152,7 @@ def test_no_sweep_and_no_restart_raises_the_error_of_any_row(sweeps):
 
 def test_many_restarts_find_the_nearest_of_all_sums():
     rows, codes, books = make_rows(), make_codes(books=4), make_books(books=4)
-    found = revisit_choices(rows, codes, books, restarts=200)
+    found = search_local(rows, codes, books, restarts=200)
     assert [tuple(code) for code in found.tolist()] == [
         sum_exhaustively(row, books.tolist())[0][0] for row in rows.tolist()
     ]
@@ -161,7 +161,7 @@ def test_many_restarts_find_the_nearest_of_all_sums():
 def test_choosing_again_leaves_the_codes_it_was_given_alone():
     rows, codes, books = make_rows(), make_codes(), make_books()
     before = codes.clone()
-    revisit_choices(rows, codes, books, restarts=4)
+    search_local(rows, codes, books, restarts=4)
     assert torch.equal(codes, before)
 
 
@@ -353,9 +353,9 @@ def test_every_search_of_kept_codes_goes_on_from_the_last_one_with_other_changes
 
     def revisit(*args, **settings):
         seeds.append(settings.get("seed"))
-        return revisit_choices(*args, **settings)
+        return search_local(*args, **settings)
 
-    monkeypatch.setattr(module, "revisit_choices", revisit)
+    monkeypatch.setattr(module, "search_local", revisit)
     prepared = quantizer.prepare(x, codebook, "anneal")
     errors = [quantizer.assign(prepared, codebook, "anneal").error for _ in range(4)]
     assert seeds == [0, 1, 2, 3]
