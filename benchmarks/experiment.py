@@ -34,6 +34,7 @@ from gsl_dist.encoders import EncoderConfig, make_encoder
 from gsl_dist.fit import FitConfig, Training, embed, fit
 from gsl_dist.losses import LossConfig, make_loss
 from gsl_dist.quantizers import LloydConfig, QuantizerConfig, make_quantizer, train_codebook
+from gsl_dist.ranked import RankedConfig, Viewed, learn_ranked
 from gsl_dist.sampling import plan_epoch
 from gsl_dist.snap import SnapConfig, SnappingLayer
 
@@ -53,6 +54,7 @@ class Arm(Strict):
     )
     views: int = Field(default=0, description="fit.views, for the last codebook")
     bits: list[int] | None = Field(default=None, description="those that this arm has a say at")
+    ranked: RankedConfig | None = Field(default=None, description="teach the last codebook by labels, from the views")
     tune: dict[str, list[float]] = {}
 
 
@@ -192,6 +194,10 @@ def carry_out(run: Run, split: Split) -> dict[str, Any]:
     if run.config.codes == "refitted" or codebook is None:
         seen_ND = embed(training.encoder, items, views=run.config.views)
         codebook = train_codebook(seen_ND, quantizer, LloydConfig(iterations=25), seed=run.seed).codebook
+    if run.config.ranked:
+        views_VND = embed(training.encoder, items, views=run.config.views).unflatten(0, (run.config.views, -1))
+        taught = Viewed(views_VND, torch.from_numpy(split.train_labels))
+        codebook = learn_ranked(taught, codebook, run.config.ranked, seed=run.seed)
     score = score_labels if split.labelled else score_neighbours
     return figures | score(split, *rest, codebook=codebook, quantizer=quantizer)
 

@@ -1,12 +1,16 @@
-"""Codebooks for vectors that somebody's model gave: codewords learned so that true neighbours are ranked first.
+"""Codewords that learn to rank, of a codebook that was fitted to lower the quantization error.
 
-No labels are asked for. The truth is the order of squared L2 distances among the vectors themselves; it is mined once.
-A codebook of any kind that was fitted to lower the quantization error is taken on: its codewords follow the gradient of
-a listwise loss on the very distances that the index will compute, between a query as it is and what an item's code
-stands for. Two steps take turns:
+They follow the gradient of a listwise loss on the very distances that the index will compute, between a query as it is
+and what an item's code stands for. What a query wants is one of two:
 
-    learn    codes fixed, codewords lower  listwise + misfit: a row as query tells its true neighbours from near misses
-             and from the rest of the batch by the softmax of score / temperature
+    Mined    vectors that somebody's model gave, without labels: the rows that are nearest by squared L2, mined once
+    Viewed   what a network gives, with labels: the rows of its class. Rows that a network learned from are better
+             placed than others will be, so both query and item are seen as training sees them, with dropout
+
+Two steps take turns:
+
+    learn    codes fixed, codewords lower  listwise + misfit: a row as query tells what it wants from the rest of the
+             batch, near misses among it, by the softmax of score / temperature
     encode   codes are searched for anew, as the quantizer does
 
 and at the end codewords are learned without the second term. What scores are is a choice:
@@ -28,7 +32,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -67,6 +71,22 @@ class RankedConfig(Strict):
     held_rows: int = Field(default=1000, ge=1, description="rows kept apart, as queries to measure the gain with")
 
 
+class Lesson(NamedTuple):
+    """A batch to learn from.
+
+    Args:
+        asked_BD: the queries.
+        rows_B: the numbers of the items.
+        wanted_BB: how much each query wants each item; nothing of the item that it is itself.
+
+    Shapes: asked (B, D) float32, rows (B,) int64, wanted (B, B) float32.
+    """
+
+    asked_BD: Tensor
+    rows_B: Tensor
+    wanted_BB: Tensor
+
+
 @dataclass(frozen=True)
 class Mined:
     """Rows and who is nearest to each, nearest first, without the row itself.
@@ -82,10 +102,46 @@ class Mined:
         """Give the mean squared length of the rows: rates and temperatures are meant for 1."""
         return float(self.x_ND.square().sum(1).mean())
 
+    def draw(self, config: RankedConfig, rng: np.random.Generator) -> Lesson:
+        """Give a batch of rows, each as query and as item."""
+        rows_B = draw_batch(self.near_Nk, config.batch_rows, rng)
+        x_BD = self.x_ND[rows_B]
+        return Lesson(x_BD, rows_B, want_neighbours(x_BD, self.reach(rows_B), config.softness))
+
     def reach(self, rows_B: Tensor) -> Tensor:
         """Give the squared distance of rows to their tenth neighbour: how far a true neighbour may be."""
         tenth_BD = self.x_ND[self.near_Nk[rows_B, POSITIVES - 1]]
         return (self.x_ND[rows_B] - tenth_BD).square().sum(1).clamp_min(1e-6)
+
+
+@dataclass(frozen=True)
+class Viewed:
+    """Rows as training sees them, several times over, and their labels.
+
+    Shapes: views_VND (V, N, D) float32; labels_N (N,) integers.
+    """
+
+    views_VND: Tensor
+    labels_N: Tensor
+
+    @property
+    def x_ND(self) -> Tensor:  # noqa: N802 - the name says the shape
+        """Give all views, one after another, (V x N, D)."""
+        return self.views_VND.flatten(0, 1)
+
+    @cached_property
+    def energy(self) -> float:
+        """Give the mean squared length of the rows: rates and temperatures are meant for 1."""
+        return float(self.x_ND.square().sum(1).mean())
+
+    def draw(self, config: RankedConfig, rng: np.random.Generator) -> Lesson:
+        """Give a batch of rows drawn at random, in one view as query and in another as item."""
+        views, rows, _ = self.views_VND.shape
+        rows_B = torch.from_numpy(rng.choice(rows, min(rows, config.batch_rows), replace=False))
+        asked_B, item_B = torch.from_numpy(rng.integers(views, size=(2, len(rows_B))))
+        labels_B = self.labels_N[rows_B]
+        wanted_BB = (labels_B[:, None] == labels_B).float().fill_diagonal_(0)
+        return Lesson(self.views_VND[asked_B, rows_B], item_B * rows + rows_B, wanted_BB)
 
 
 def find_neighbours(x_ND: Tensor, k: int, *, queries_QD: Tensor | None = None) -> Tensor:
@@ -117,7 +173,7 @@ def mine_neighbours(x_ND: Tensor, config: RankedConfig) -> Mined:
 
 
 def learn_ranked(
-    mined: Mined,
+    taught: Mined | Viewed,
     start: Codebook,
     config: RankedConfig,
     *,
@@ -127,7 +183,7 @@ def learn_ranked(
     """Teach the codewords of a fitted codebook to rank.
 
     Args:
-        mined: rows to learn from, and their neighbours.
+        taught: rows to learn from, and what they want.
         start: the codebook; its cells stay.
         config: how.
         seed: decides which rows meet.
@@ -135,13 +191,13 @@ def learn_ranked(
     """
     rng, codebook = np.random.default_rng(seed), start
     if config.scores == "tables":
-        codebook = compose(start, mined.x_ND, open_quantizer(start).encode(mined.x_ND, start)[1])
-    temperature = math.log(config.temperature * mined.energy)
+        codebook = compose(start, taught.x_ND, open_quantizer(start).encode(taught.x_ND, start)[1])
+    temperature = math.log(config.temperature * taught.energy)
     for number in range(config.rounds + 1):
         last = number == config.rounds
-        cells_N, codes_NM = open_quantizer(codebook, hasty=not last).encode(mined.x_ND, codebook)
+        cells_N, codes_NM = open_quantizer(codebook, hasty=not last).encode(taught.x_ND, codebook)
         words = _Words(codebook, cells_N, codes_NM.long(), temperature)
-        _descend(words, mined, config, rng, last=last)
+        _descend(words, taught, config, rng, last=last)
         before, (codebook, temperature) = codebook, words.settle()
         if last:
             codebook = replace(codebook, landing=before.books, landing_bias=before.bias)
@@ -210,17 +266,31 @@ def draw_batch(near_Nk: Tensor, size: int, rng: np.random.Generator) -> Tensor:
 def rank_in_batch(x_BD: Tensor, scores_BB: Tensor, reach_B: Tensor, softness: float) -> Tensor:
     """Give the listwise loss of a batch: every row asks for its true neighbours among the codes of the others.
 
-    How much an item counts as a neighbour falls from 1 to 0 about the distance that `reach_B` gives. Rows none of whose
-    neighbours are in the batch do not ask.
-
     Shapes: x_BD (B, D); scores_BB, of each row as query and each as item, larger is nearer; reach_B (B,) -> ().
+    """
+    return rank_listwise(scores_BB, want_neighbours(x_BD, reach_B, softness))
+
+
+def want_neighbours(x_BD: Tensor, reach_B: Tensor, softness: float) -> Tensor:
+    """Give how much each row wants each: from 1 down to 0 about the distance that `reach_B` gives; 0 of itself.
+
+    Shapes: x_BD (B, D), reach_B (B,) -> (B, B).
     """
     distances_BB = torch.cdist(x_BD, x_BD).square()
     wanted_BB = torch.sigmoid((reach_B[:, None] - distances_BB) / (softness * reach_B[:, None]))
-    wanted_BB.fill_diagonal_(0)
+    return wanted_BB.fill_diagonal_(0)
+
+
+def rank_listwise(scores_BB: Tensor, wanted_BB: Tensor) -> Tensor:
+    """Give the mean over queries of what the softmax of scores misses of the items wanted; none is asked for itself.
+
+    Queries that want next to nothing in the batch do not ask.
+
+    Shapes: (B, B), (B, B) -> ().
+    """
     weight_B = wanted_BB.sum(1)
     asks_B = (weight_B > 0.5).float()
-    own_BB = torch.eye(len(x_BD), dtype=torch.bool, device=x_BD.device)
+    own_BB = torch.eye(len(scores_BB), dtype=torch.bool, device=scores_BB.device)
     logs_BB = F.log_softmax(scores_BB.masked_fill(own_BB, -1e4), dim=1)
     each_B = -(wanted_BB * logs_BB).sum(1) / weight_B.clamp_min(1e-6)
     return (each_B * asks_B).sum() / asks_B.sum().clamp_min(1)
@@ -241,16 +311,16 @@ class _Words:
         """Give the codewords, and the biases if there are any."""
         return [self.books_MKd] if self.bias_MK is None else [self.books_MKd, self.bias_MK]
 
-    def score(self, x_BD: Tensor, rows_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the score of each row as query and each as item, and the misfit of each row with its code.
+    def score(self, asked_BD: Tensor, x_BD: Tensor, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the score of each query and item, and the misfit of each item with its code.
 
-        Shapes: x_BD (B, D), in the codewords' frame; rows_B (B,) -> (B, B), (B,).
+        Shapes: asked (B, D), x (B, D), the items, both in the codewords' frame; rows_B (B,) -> (B, B), (B,).
         """
         found_BD = self._decode(rows_B)
         if self.bias_MK is None:
-            return x_BD @ found_BD.T - found_BD.square().sum(1) / 2, (x_BD - found_BD).square().sum(1)
+            return asked_BD @ found_BD.T - found_BD.square().sum(1) / 2, (x_BD - found_BD).square().sum(1)
         bias_B = self.bias_MK[torch.arange(len(self.bias_MK)), self.codes_NM[rows_B]].sum(1)
-        return x_BD @ found_BD.T + bias_B, measure_misfit(x_BD, found_BD, bias_B)
+        return asked_BD @ found_BD.T + bias_B, measure_misfit(x_BD, found_BD, bias_B)
 
     def settle(self) -> tuple[Codebook, float]:
         """Give the codebook as it now is, and the logarithm of the temperature."""
@@ -264,20 +334,23 @@ class _Words:
         return whole_BD + self.coarse_CD[self.cells_N[rows_B]]
 
 
-def _descend(words: _Words, mined: Mined, config: RankedConfig, rng: np.random.Generator, *, last: bool) -> None:
-    steps, rate = config.last_steps if last else config.steps, config.learning_rate * math.sqrt(mined.energy)
+def _descend(
+    words: _Words, taught: Mined | Viewed, config: RankedConfig, rng: np.random.Generator, *, last: bool
+) -> None:
+    steps, rate = config.last_steps if last else config.steps, config.learning_rate * math.sqrt(taught.energy)
     groups = [{"params": words.moving, "lr": rate}, {"params": [words.temperature], "lr": 5e-3}]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
     pace = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * (0.51 + 0.5 * math.cos(math.pi * step / max(1, steps)))
     )
+    x_ND = taught.x_ND
     for _ in range(steps):
-        rows_B = draw_batch(mined.near_Nk, config.batch_rows, rng)
-        x_BD = mined.x_ND[rows_B]
-        scores_BB, misfit_B = words.score(rotate(x_BD, words.codebook), rows_B)
-        loss = rank_in_batch(x_BD, scores_BB / words.temperature.exp(), mined.reach(rows_B), config.softness)
+        lesson = taught.draw(config, rng)
+        asked_BD, items_BD = (rotate(x_BD, words.codebook) for x_BD in (lesson.asked_BD, x_ND[lesson.rows_B]))
+        scores_BB, misfit_B = words.score(asked_BD, items_BD, lesson.rows_B)
+        loss = rank_listwise(scores_BB / words.temperature.exp(), lesson.wanted_BB)
         if not last:
-            loss = loss + config.fidelity / mined.energy * misfit_B.mean()
+            loss = loss + config.fidelity / taught.energy * misfit_B.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -6,6 +6,7 @@ import torch
 from corpora import read_pictures
 
 from gsl_dist.errors import BadInput
+from gsl_dist.evaluate import average_precision
 from gsl_dist.quantizers import (
     AdditiveConfig,
     LloydConfig,
@@ -19,6 +20,7 @@ from gsl_dist.quantizers import (
 from gsl_dist.ranked import (
     Mined,
     RankedConfig,
+    Viewed,
     draw_batch,
     earn_ranked,
     find_neighbours,
@@ -144,6 +146,51 @@ def test_only_codewords_change(kind, images):
     assert learned.kind == codebook.kind and learned.residual == codebook.residual
     assert np.array_equal(learned.coarse, codebook.coarse) and not np.array_equal(learned.books, codebook.books)
     assert (learned.rotation is None) == (codebook.rotation is None)
+
+
+def make_views(views=6, rows=600, spread=0.6):
+    """Give rows of four classes as an unsure network sees them, and its codebook fitted to the sure ones."""
+    rng = np.random.default_rng(0)
+    centres, labels = rng.normal(size=(4, 8)), rng.integers(4, size=rows)
+    sure = centres[labels] + 0.4 * rng.normal(size=(rows, 8))
+    seen = sure + spread * rng.normal(size=(views, rows, 8))
+    return Viewed(torch.tensor(seen, dtype=torch.float32), torch.tensor(labels)), torch.tensor(
+        sure, dtype=torch.float32
+    )
+
+
+def test_a_lesson_of_views_asks_for_rows_of_the_class_in_another_view_and_never_for_the_row_itself():
+    taught = make_views()[0]
+    lesson = taught.draw(RankedConfig(batch_rows=100), np.random.default_rng(1))
+    rows = lesson.rows_B % 600
+    assert len(rows.unique()) == len(rows) == 100 and len((lesson.rows_B // 600).unique()) > 1
+    for at, row in enumerate(rows):
+        assert any(torch.equal(lesson.asked_BD[at], view[row]) for view in taught.views_VND)
+        wanted = [float(taught.labels_N[row] == taught.labels_N[other] and row != other) for other in rows]
+        assert lesson.wanted_BB[at].tolist() == wanted
+    assert torch.equal(taught.x_ND[lesson.rows_B], taught.views_VND[lesson.rows_B // 600, rows])
+
+
+def test_codewords_taught_by_labels_rank_rows_of_the_class_higher():
+    taught, sure = make_views()
+    codebook = start_codebook("pq", sure)
+    config = RankedConfig(rounds=0, last_steps=300, learning_rate=3e-3, batch_rows=256, temperature=0.1)
+    learned = learn_ranked(taught, codebook, config, seed=0)
+    assert np.array_equal(learned.landing, codebook.books)
+    fresh = make_views(views=1, rows=900)[0]
+
+    def mean_precision(codebook):
+        x = fresh.views_VND[0]
+        quantizer = open_quantizer(codebook)
+        far = quantizer.measure_distances(x[:200], *quantizer.encode(x[200:], codebook), codebook)
+        return np.mean(
+            [
+                average_precision(row.numpy(), (fresh.labels_N[200:] == label).numpy())
+                for row, label in zip(far, fresh.labels_N[:200], strict=True)
+            ]
+        )
+
+    assert mean_precision(learned) > mean_precision(codebook) + 0.01
 
 
 def test_the_size_of_the_vectors_does_not_matter(images):
