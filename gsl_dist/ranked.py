@@ -189,9 +189,7 @@ def learn_ranked(
         seed: decides which rows meet.
         on_round: called after every turn.
     """
-    rng, codebook = np.random.default_rng(seed), start
-    if config.scores == "tables":
-        codebook = compose(start, taught.x_ND, open_quantizer(start).encode(taught.x_ND, start)[1])
+    rng, codebook = np.random.default_rng(seed), score_by(start, taught.x_ND, config)
     temperature = math.log(config.temperature * taught.energy)
     for number in range(config.rounds + 1):
         last = number == config.rounds
@@ -203,6 +201,16 @@ def learn_ranked(
             codebook = replace(codebook, landing=before.books, landing_bias=before.bias)
         on_round(number, codebook)
     return codebook
+
+
+def score_by(codebook: Codebook, x_ND: Tensor, config: RankedConfig) -> Codebook:
+    """Give the codebook as it is, or the composite one made of it, if scores are to be look-ups alone.
+
+    Shapes: x_ND (N, D), rows to fit biases to.
+    """
+    if config.scores == "exact" or codebook.kind == "cq":
+        return codebook
+    return compose(codebook, x_ND, open_quantizer(codebook).encode(x_ND, codebook)[1])
 
 
 @dataclass(frozen=True)
@@ -223,6 +231,7 @@ def earn_ranked(x_ND: Tensor, start: Codebook, config: RankedConfig, *, seed: in
     """
     order_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(x_ND)))
     held_QD, kept_ND = x_ND[order_N[: config.held_rows]], x_ND[order_N[config.held_rows :][: config.sample_rows]]
+    start = score_by(start, kept_ND, config)
     learned = learn_ranked(mine_neighbours(kept_ND, config), start, config, seed=seed)
     truth_Qk = find_neighbours(kept_ND, POSITIVES, queries_QD=held_QD)
     before, after = (measure_recall(kept_ND, held_QD, truth_Qk, codebook) for codebook in (start, learned))

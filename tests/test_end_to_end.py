@@ -225,3 +225,28 @@ def test_codes_of_every_kind_are_served_from_their_files(ray_session, tmp_path, 
         [np.square(far[int(item)] - query).sum() for item in row] for row, query in zip(found, queries, strict=True)
     ]
     np.testing.assert_allclose(mine, distances, rtol=1e-4)
+
+
+def test_composite_codes_are_served_by_look_ups_alone(ray_session, tmp_path):
+    write_vectors(tmp_path / "database.parquet", rows=600, seed=2)
+    corpus = {"path": str(tmp_path / "database.parquet"), **COLUMNS}
+    quantizer = {"kind": "pq", "sub_vectors": 4, "bits": 4, "cells": 4, "residual": False}
+    ranked = {"scores": "tables", "rounds": 1, "steps": 10, "last_steps": 20, "batch_rows": 256, "neighbours": 40}
+    fitted = {"source": "fitted", "corpus": corpus, "output": str(tmp_path / "codebook"), "lloyd": {"iterations": 5}}
+    run_codebook(check_config(CodebookConfig, fitted | {"quantizer": quantizer, "ranked": ranked | {"held_rows": 100}}))
+    run_encode(check_config(EncodeConfig, encode_settings(tmp_path) | {"model": None}))
+    manifest = run_build(check_config(BuildConfig, build_settings(tmp_path, model=None)))
+    codebook = load_codebook(str(tmp_path / "codebook"))
+    assert manifest.kind == codebook.kind == "cq"
+    tables = [read_codes(Folder(tmp_path / "codes"), shard.name, codebook) for shard in manifest.shards]
+    ids = np.concatenate([table.ids for table in tables])
+    codes = np.concatenate([codebook.unpack(table.codes) for table in tables])
+    decoded = codebook.decode(np.zeros(len(codes), np.int64), codes)
+    biases = codebook.bias[np.arange(4), codes].sum(1)
+    queries, _ = make_clusters(5, 16, 5, seed=3)
+    distances, found = open_searcher(str(tmp_path / "index")).search(queries, 10, probes=4)
+    wanted = np.square(queries).sum(1, keepdims=True) - 2 * (queries @ decoded.T + biases)
+    np.testing.assert_allclose(distances, np.sort(wanted, axis=1)[:, :10], rtol=1e-3, atol=1e-3)
+    place = {int(item): at for at, item in enumerate(ids)}
+    mine = [[row[place[int(item)]] for item in items] for row, items in zip(wanted, found, strict=True)]
+    np.testing.assert_allclose(mine, distances, rtol=1e-3, atol=1e-3)

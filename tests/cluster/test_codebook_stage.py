@@ -45,6 +45,12 @@ def test_too_few_rows_are_refused_and_nothing_is_published(ray_session, tmp_path
     assert not (tmp_path / "ranked" / "codebook.json").exists()
 
 
+def test_look_ups_alone_cannot_serve_codes_of_residuals(tmp_path):
+    quantizer = {"kind": "pq", "sub_vectors": 2, "cells": 4, "residual": True}
+    with pytest.raises(ConfigError, match=r"quantizer\.residual must be false"):
+        settings(tmp_path, "c", quantizer=quantizer, ranked={"scores": "tables"})
+
+
 def test_a_trained_codebook_is_not_taught_again(tmp_path):
     with pytest.raises(ConfigError, match="ranked is for fitted"):
         check_config(
