@@ -46,6 +46,9 @@ bench: install  ## measure the claims of the README, one after another
 	$(BIN)/python benchmarks/encoding.py
 	$(BIN)/python benchmarks/building.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/scanning.py
+	$(BIN)/python benchmarks/quantizers.py --seeds 1 --bytes 8
+	$(BIN)/python benchmarks/cells.py
 
 experiments: install  ## carry out the experiments whose data is prepared (hours; goes on where it stopped)
 	for settings in benchmarks/experiments/*.yaml; do $(BIN)/python benchmarks/experiment.py $$settings || true; done

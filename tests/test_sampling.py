@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from gsl_dist.errors import ConfigError
-from gsl_dist.sampling import check_batches, plan_epoch
+from gsl_dist.ranked import find_neighbours
+from gsl_dist.sampling import check_batches, check_meetings, plan_epoch, plan_neighbours
 
 LABELS = np.random.default_rng(0).integers(10, size=205)
+NEAR = find_neighbours(torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)), 100)
 
 
 def plan(labels=LABELS, batch_size=24, seed=0, epoch=0, samples_per_class=None):
@@ -58,6 +61,49 @@ def test_a_class_with_too_few_rows_is_drawn_again():
     for step in steps:
         assert np.bincount(labels[step], minlength=8)[[0, 7]].tolist() == [8, 8]
         assert len(np.unique(step[labels[step] == 7])) == 8
+
+
+@pytest.mark.parametrize("batch_size", [64, 100, 256, 1000])
+def test_steps_of_neighbours_hold_as_many_rows_as_asked_for_each_once(batch_size):
+    steps = plan_neighbours(NEAR, batch_size, seed=0, epoch=0)
+    assert steps.shape == (1000 // batch_size, batch_size) and steps.dtype == np.int64
+    assert steps.min() >= 0 and steps.max() < 1000
+    assert all(len(np.unique(step)) == batch_size for step in steps)
+
+
+def test_rows_meet_their_nearest_and_near_misses_far_more_often_than_by_chance():
+    for step in plan_neighbours(NEAR, 128, seed=0, epoch=0):
+        met = np.isin(NEAR.numpy(), step)[step]
+        seeds = met[:, :31].all(1)
+        assert seeds.sum() >= 2 and met[seeds, 31:].sum(1).min() >= 32
+        assert met[:, :10].mean() > 2 * 128 / 1000
+
+
+def test_seed_and_epoch_alone_decide_a_plan_of_neighbours():
+    first, *others = (plan_neighbours(NEAR, 128, seed=seed, epoch=epoch) for seed, epoch in ((1, 2), (1, 3), (2, 2)))
+    assert np.array_equal(first, plan_neighbours(NEAR, 128, seed=1, epoch=2))
+    assert not any(np.array_equal(first, other) for other in others)
+
+
+def test_an_epoch_of_neighbours_shows_most_rows():
+    assert len(np.unique(plan_neighbours(NEAR, 128, seed=0, epoch=0))) > 500
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"rows": 99}, "fit.batch_size"),
+        ({"batch_size": 63}, "fit.batch_size"),
+        ({"workers": 3}, "fit.batch_size"),
+        ({"samples_per_class": 4}, "fit.samples_per_class"),
+    ],
+)
+def test_a_plan_of_neighbours_that_cannot_be_carried_out_is_refused_by_its_field(settings, field):
+    asked = {"rows": 100, "batch_size": 100, "samples_per_class": None, "workers": 1}
+    check_meetings(**asked)
+    with pytest.raises(ConfigError) as error:
+        check_meetings(**asked | settings)
+    assert error.value.field == field
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 Every worker draws the same plan of batches and takes its slice. The training set lies once on each node, in Ray's
 object store. After each epoch a checkpoint holds network, optimizer, codebook, history and random state; a killed
 worker costs at most the epoch it was in. When the last epoch is done the driver publishes the model folder.
+
+A corpus of vectors needs no labels if the loss is that of neighbours: one task finds the true neighbours of the rows to
+learn from, before the workers start, and they travel with the training set.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ import ray
 import ray.train
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
@@ -29,18 +33,21 @@ from gsl_dist.artefact import Card, find_finished
 from gsl_dist.cluster.coordinator import Agenda, Seat, check_rows, start_coordinator
 from gsl_dist.cluster.model import pick_device, save_model
 from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet, watch_remarks
+from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import Corpus, CorpusConfig, open_corpus
-from gsl_dist.encoders import EncoderConfig, TableConfig, make_encoder
+from gsl_dist.encoders import EncoderConfig, Head, TableConfig, make_encoder
 from gsl_dist.errors import ConfigError, DataError, GslError
 from gsl_dist.fit import Batch, FitConfig, Training, embed, fit
-from gsl_dist.losses import LossConfig, make_loss
+from gsl_dist.losses import LossConfig, NeighbourConfig, level_rows, make_loss
 from gsl_dist.quantizers import LloydConfig, QuantizerConfig, Rows, Trained, make_quantizer
-from gsl_dist.sampling import check_batches, plan_epoch
+from gsl_dist.ranked import POSITIVES, Mined, RankedConfig, Viewed, find_neighbours, learn_ranked
+from gsl_dist.sampling import check_batches, check_meetings, plan_epoch, plan_neighbours
 from gsl_dist.snap import SnapConfig, SnappingLayer
 from gsl_dist.storage import Folder
 
 _STATE = "state.pt"
+_START_ROWS = 16_384
 
 
 class TrainConfig(Strict):
@@ -54,20 +61,53 @@ class TrainConfig(Strict):
     lloyd: LloydConfig = LloydConfig()
     snap: SnapConfig = SnapConfig()
     fit: FitConfig = FitConfig()
+    ranked: RankedConfig | None = Field(default=None, description="teach the last codebook to rank; None: leave it")
     resources: Resources = Resources()
     max_failures: int = Field(default=3, ge=-1, description="restarts after a lost worker; -1: without end")
+
+    @model_validator(mode="after")
+    def _can_be_taught(self) -> TrainConfig:
+        if self.ranked is None:
+            return self
+        if self.snap.variant == "none":
+            raise ValueError("ranked teaches the codebook that the network landed on: snap.variant may not be none")
+        if self.ranked.scores == "tables" and self.quantizer.residual and self.quantizer.cells > 1:
+            raise ValueError("ranked.scores: tables needs codes of whole vectors: quantizer.residual must be false")
+        if not isinstance(self.loss, NeighbourConfig) and self.fit.views < 2:
+            raise ValueError("ranked learns from rows as dropout spreads them: fit.views must be at least 2")
+        return self
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The rows to train on, as every worker sees them; labels count from 0.
+    """The rows to train on, as every worker sees them.
 
-    Shapes: items (N, ...) uint8 or float32; labels (N,) int64.
+    Args:
+        items: all rows.
+        labels: count from 0. Where neighbours are learned: the number of each row among those learned from, -1 for
+            the others, which only the codebook sees.
+        classes: what the labels stand for; none where neighbours are learned.
+        near: the neighbours of the rows learned from, nearest first, as their numbers among these.
+
+    Shapes: items (N, ...) uint8 or float32; labels (N,) int64; near (n, k) int64.
     """
 
     items: NDArray[Any]
     labels: NDArray[np.int64]
     classes: list[int]
+    near: NDArray[np.int64] | None = None
+
+    @cached_property
+    def learned(self) -> NDArray[np.int64]:
+        """Give the numbers of the rows learned from."""
+        return np.flatnonzero(self.labels >= 0)
+
+    @cached_property
+    def mined(self) -> Mined | None:
+        """Give the rows learned from and their neighbours, as the loss sees them; None where labels are learned."""
+        if self.near is None:
+            return None
+        return Mined(level_rows(torch.from_numpy(self.items[self.learned])), torch.tensor(self.near))
 
 
 class EpochBatches:
@@ -100,8 +140,7 @@ def run_train(config: TrainConfig, progress: Progress = stay_quiet) -> Card:
         return done
     start_session(config.resources.workers * config.resources.cpus)
     with own_errors():
-        rows = ray.get(_read_rows.remote(config.corpus))
-        _check_rows(config, rows)
+        rows = _collect_rows(config, progress)
         result = _train(config, ray.put(rows), folder, made_by, progress)
     if isinstance(result.return_value, GslError):
         raise result.return_value
@@ -118,10 +157,38 @@ def _check_settings(config: TrainConfig, corpus: Corpus) -> None:
         raise ConfigError(
             "encoder.kind", "table", "there is nothing to train in a table; go on with the codebook stage"
         )
-    if not corpus.has_labels:
+    if isinstance(config.loss, NeighbourConfig):
+        _check_neighbours(config, config.loss, corpus)
+    elif not corpus.has_labels:
         raise ConfigError("corpus.label_column", config.corpus.label_column, "training needs a column of labels")
     encoder = make_encoder(config.encoder, corpus.item_shape)
     check_rows(corpus.rows, config.lloyd, make_quantizer(config.quantizer, encoder.dim))
+
+
+def _check_neighbours(config: TrainConfig, loss: NeighbourConfig, corpus: Corpus) -> None:
+    if corpus.kind != "vectors":
+        raise ConfigError("loss.kind", loss.kind, "it compares the vectors of a corpus, and this one holds images")
+    if corpus.rows <= loss.neighbours:
+        wanted = f"to mine {loss.neighbours} neighbours of each (loss.neighbours), more are needed"
+        raise DataError("corpus", f"{corpus.rows} rows", wanted)
+    check_meetings(
+        min(corpus.rows, loss.sample_rows),
+        batch_size=config.fit.batch_size,
+        samples_per_class=config.fit.samples_per_class,
+        workers=config.resources.workers,
+    )
+
+
+def _collect_rows(config: TrainConfig, progress: Progress) -> TrainingSet:
+    needs = {"num_cpus": config.resources.cpus, "num_gpus": config.resources.gpus}
+    if isinstance(config.loss, NeighbourConfig):
+        progress("neighbours", 0, 1, f"mining {config.loss.neighbours} of each row")
+        rows: TrainingSet = ray.get(_mine_rows.options(**needs).remote(config, config.loss))
+        progress("neighbours", 1, 1, f"{len(rows.learned)} rows to learn from")
+        return rows
+    rows = ray.get(_read_rows.remote(config.corpus))
+    _check_rows(config, rows)
+    return rows
 
 
 def _check_rows(config: TrainConfig, rows: TrainingSet) -> None:
@@ -142,6 +209,40 @@ def _read_rows(config: CorpusConfig) -> TrainingSet:
     assert batch.labels is not None, "settings were checked"
     classes, labels = np.unique(batch.labels, return_inverse=True)
     return TrainingSet(batch.items, labels.astype(np.int64), classes.tolist())
+
+
+@ray.remote
+def _mine_rows(config: TrainConfig, loss: NeighbourConfig) -> TrainingSet:
+    torch.set_num_threads(config.resources.threads)
+    return mine_rows(open_corpus(config.corpus).read_all().items, loss, device=pick_device(config.resources.gpus))
+
+
+def mine_rows(items: NDArray[np.float32], loss: NeighbourConfig, *, device: torch.device | None = None) -> TrainingSet:
+    """Find the true neighbours of the rows to learn from: all, or as many as the loss says, evenly spread.
+
+    Raises:
+        DataError: most of them are copies of others.
+    """
+    learned = spread_rows(len(items), loss.sample_rows)
+    _check_copies(items[learned])
+    near_Nk = find_neighbours(level_rows(torch.from_numpy(items[learned])).to(device), loss.neighbours)
+    labels = np.full(len(items), -1)
+    labels[learned] = np.arange(len(learned))
+    return TrainingSet(items, labels, [], near_Nk.cpu().numpy())
+
+
+def spread_rows(rows: int, most: int) -> NDArray[np.int64]:
+    """Give so many row numbers at most, evenly spread, in ascending order."""
+    return np.unique(np.linspace(0, rows - 1, min(rows, most)).astype(np.int64))
+
+
+def _check_copies(x_ND: NDArray[np.float32]) -> None:
+    # A row with so many copies has no other neighbours. A few such rows do no harm; of most nothing can be learned.
+    whole = np.ascontiguousarray(x_ND).view(np.dtype((np.void, x_ND.dtype.itemsize * x_ND.shape[1])))[:, 0]
+    _, which, counts = np.unique(whole, return_inverse=True, return_counts=True)
+    if (crowded := float((counts[which] > POSITIVES).mean())) > 0.5:
+        wanted = f"most rows must have neighbours other than {POSITIVES} copies of themselves"
+        raise DataError("corpus", f"{crowded:.0%} copies", wanted)
 
 
 def _train(config: TrainConfig, rows: Any, folder: Folder, made_by: str, progress: Progress) -> ray.train.Result:
@@ -189,20 +290,12 @@ def _join_training(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.resources.threads)
-    training = _make_training(config, rows)
-    _restore(training)
+    training = _start_training(config, rows)
     attempt = broadcast_from_rank_zero(uuid.uuid4().hex)
     seat = Seat(settings["coordinator"], attempt, rank, workers)
 
     def batches(epoch: int) -> EpochBatches:
-        plan = plan_epoch(
-            rows.labels,
-            config.fit.batch_size,
-            seed=config.fit.seed,
-            epoch=epoch,
-            samples_per_class=config.fit.samples_per_class,
-        )
-        return EpochBatches(rows, plan, rank, workers)
+        return EpochBatches(rows, _plan_epoch(config.fit, rows, epoch), rank, workers)
 
     def refresh(training: Training) -> Trained:
         return _refresh(training, config, rows, seat)
@@ -213,10 +306,27 @@ def _join_training(settings: dict[str, Any]) -> None:
     fit(training, batches, refresh, report)
 
 
+def _plan_epoch(config: FitConfig, rows: TrainingSet, epoch: int) -> NDArray[np.int64]:
+    if rows.mined is not None:
+        return rows.learned[plan_neighbours(rows.mined.near_Nk, config.batch_size, seed=config.seed, epoch=epoch)]
+    return plan_epoch(
+        rows.labels, config.batch_size, seed=config.seed, epoch=epoch, samples_per_class=config.samples_per_class
+    )
+
+
+def _start_training(config: TrainConfig, rows: TrainingSet) -> Training:
+    """Give a training as the last checkpoint left it, or at its start."""
+    training = _make_training(config, rows)
+    if isinstance(head := training.encoder.backbone, Head):
+        head.start_from(torch.from_numpy(rows.items[spread_rows(len(rows.items), _START_ROWS)]))
+    _restore(training)
+    return training
+
+
 def _make_training(config: TrainConfig, rows: TrainingSet) -> Training:
     torch.manual_seed(config.fit.seed)
     encoder = make_encoder(config.encoder, rows.items.shape[1:])
-    loss = make_loss(config.loss, classes=len(rows.classes), dim=encoder.dim)
+    loss = make_loss(config.loss, classes=len(rows.classes), dim=encoder.dim, mined=rows.mined)
     return Training(encoder, loss, SnappingLayer(config.snap), config.fit, pick_device(config.resources.gpus))
 
 
@@ -227,13 +337,31 @@ def _restore(training: Training) -> None:
 
 
 def _refresh(training: Training, config: TrainConfig, rows: TrainingSet, seat: Seat) -> Trained:
-    total = min(len(rows.items), config.lloyd.sample_rows)
-    sample = np.unique(np.linspace(0, len(rows.items) - 1, total).astype(np.int64))
+    sample = spread_rows(len(rows.items), config.lloyd.sample_rows)
     bounds = np.linspace(0, len(sample), seat.workers + 1).astype(int)
     start, stop = bounds[seat.rank], bounds[seat.rank + 1]
-    y_ND = embed(training.encoder, torch.from_numpy(rows.items[sample[start:stop]]))
+    settles = training.epoch == config.fit.epochs
+    views, times = config.fit.views * settles, max(1, config.fit.views * settles)
+    y_ND = embed(training.encoder, torch.from_numpy(rows.items[sample[start:stop]]), views=views)
     agenda = Agenda(config.quantizer, training.encoder.dim, config.lloyd, config.fit.seed, training.codebook)
-    return seat.attend(training.epoch, agenda, Rows(y_ND.cpu(), int(start), len(sample)))
+    trained = seat.attend(training.epoch, agenda, Rows(y_ND.cpu(), int(start) * times, len(sample) * times))
+    # Only the first worker's codebook is kept.
+    if settles and config.ranked and seat.rank == 0:
+        trained = replace(trained, codebook=_teach(training, trained.codebook, config.ranked, rows))
+    return trained
+
+
+def _teach(training: Training, codebook: Codebook, config: RankedConfig, rows: TrainingSet) -> Codebook:
+    """Give the codebook with codewords that learned to rank; its landing is the one given."""
+    taught: Mined | Viewed
+    if rows.mined is not None:
+        y_ND = embed(training.encoder, torch.from_numpy(rows.items[rows.learned])).cpu()
+        taught = Mined(y_ND, rows.mined.near_Nk)
+    else:
+        sample, views = spread_rows(len(rows.items), config.sample_rows), training.config.views
+        y_ND = embed(training.encoder, torch.from_numpy(rows.items[sample]), views=views).cpu()
+        taught = Viewed(y_ND.unflatten(0, (views, -1)), torch.from_numpy(rows.labels[sample]))
+    return learn_ranked(taught, codebook, config, seed=training.config.seed)
 
 
 def _report(training: Training, seat: Seat) -> None:
@@ -257,7 +385,7 @@ def _publish(
     facts = {
         "item_shape": list(corpus.item_shape),
         "classes": rows.classes,
-        "rows": len(rows.labels),
+        "rows": len(rows.items),
         "history": [asdict(record) for record in training.history],
     }
     dumped = json.loads(config.model_dump_json())

@@ -4,10 +4,22 @@ from gsl_dist.encoders.backbones import (
     CnnConfig,
     Encoder,
     EncoderConfig,
+    Head,
+    HeadConfig,
     MlpConfig,
     ModuleConfig,
     TableConfig,
     make_encoder,
 )
 
-__all__ = ["CnnConfig", "Encoder", "EncoderConfig", "MlpConfig", "ModuleConfig", "TableConfig", "make_encoder"]
+__all__ = [
+    "CnnConfig",
+    "Encoder",
+    "EncoderConfig",
+    "Head",
+    "HeadConfig",
+    "MlpConfig",
+    "ModuleConfig",
+    "TableConfig",
+    "make_encoder",
+]

@@ -1,4 +1,4 @@
-"""Networks for vectors and small images, any torch module by its import path, and none for finished features.
+"""Networks for vectors and small images, any torch module by its import path, and for finished features a head or none.
 
 An `Encoder` takes items as the corpus gives them (float32 vectors, or uint8 images with channels last) and gives
 representations of `dim` numbers. It normalizes over channels, never over the batch, so that a row's representation
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from gsl_dist.config import Strict
 from gsl_dist.errors import ConfigError
 
+_TINY = 1e-12
 _GRID = 4
 """Places left in each direction at the end of the CNN: where a thing is still counts for a small image."""
 
@@ -39,6 +40,18 @@ class MlpConfig(Strict):
     )
     input_dropout: float | None = Field(default=None, ge=0, lt=1, description="of inputs; None: as `dropout`")
     normalize: bool = True
+
+
+class HeadConfig(Strict):
+    """For vectors that are good already: a linear map that begins as the identity, and a small perceptron beside it.
+
+    With fewer numbers than the vectors have, the map begins as their principal axes.
+    """
+
+    kind: Literal["head"]
+    dim: int | None = Field(default=None, ge=1, description="at most that of the vectors; None: the same")
+    hidden: tuple[int, ...] = Field(default=(256,), description="of the perceptron; none: the linear map alone")
+    normalize: bool = False
 
 
 class CnnConfig(Strict):
@@ -70,7 +83,7 @@ class TableConfig(Strict):
     normalize: bool = False
 
 
-EncoderConfig = Annotated[MlpConfig | CnnConfig | ModuleConfig | TableConfig, Field(discriminator="kind")]
+EncoderConfig = Annotated[MlpConfig | HeadConfig | CnnConfig | ModuleConfig | TableConfig, Field(discriminator="kind")]
 
 
 class Encoder(nn.Module):
@@ -95,6 +108,55 @@ class Encoder(nn.Module):
         return F.normalize(y_ND, dim=1) if self.normalize else y_ND
 
 
+class Head(nn.Module):
+    """A linear map W, and a perceptron f beside it whose last layer begins at zero: y = W x + s f((x - c) / s).
+
+    With c the mean of the vectors and s^2 that of the squares of what is left, f sees numbers of about 1, and vectors
+    of any size train alike. Without a sample to start from, W has random orthonormal rows, c is 0 and s is 1.
+
+    Args:
+        width: D_in, the numbers of a vector.
+        dim: D, at most as many.
+        hidden: the widths of f's hidden layers; none: there is no f.
+    """
+
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int, dim: int, hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, dim, bias=False)
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(()))
+        self.branch = _make_branch(width, dim, hidden) if hidden else None
+        if width == dim:
+            nn.init.eye_(self.linear.weight)
+        else:
+            nn.init.orthogonal_(self.linear.weight)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Give representations.
+
+        Shapes: (N, D_in) -> (N, D).
+        """
+        y_ND: Tensor = self.linear(x_ND)
+        return y_ND if self.branch is None else y_ND + self.scale * self.branch((x_ND - self.centre) / self.scale)
+
+    @torch.no_grad()
+    def start_from(self, x_ND: Tensor) -> None:
+        """Set W to the principal axes of a sample, the widest first, unless it is square; set c and s.
+
+        Shapes: (N, D_in).
+        """
+        x_ND = x_ND.double()
+        rest_ND = x_ND - x_ND.mean(0)
+        self.centre.copy_(x_ND.mean(0))
+        self.scale.copy_(rest_ND.square().mean().sqrt().clamp_min(_TINY))
+        dim, width = self.linear.weight.shape
+        if dim < width:
+            self.linear.weight.copy_(torch.linalg.eigh(rest_ND.T @ rest_ND).eigenvectors.T.flip(0)[:dim])
+
+
 def make_encoder(config: EncoderConfig, item_shape: tuple[int, ...]) -> Encoder:
     """Give an untrained encoder for items of this shape.
 
@@ -104,6 +166,8 @@ def make_encoder(config: EncoderConfig, item_shape: tuple[int, ...]) -> Encoder:
     if isinstance(config, TableConfig):
         _want_shape(config.kind, item_shape, axes=1)
         return Encoder(nn.Identity(), item_shape[0], normalize=config.normalize)
+    if isinstance(config, HeadConfig):
+        return _make_headed(config, item_shape)
     if isinstance(config, ModuleConfig):
         encoder = Encoder(_import_module(config), config.dim, normalize=config.normalize)
         _check_width(encoder, config, item_shape)
@@ -120,6 +184,21 @@ def _prepare(items: Tensor) -> Tensor:
     if items.dtype == torch.uint8:
         return items.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
     return items
+
+
+def _make_headed(config: HeadConfig, item_shape: tuple[int, ...]) -> Encoder:
+    _want_shape(config.kind, item_shape, axes=1)
+    width, dim = item_shape[0], config.dim or item_shape[0]
+    if dim > width:
+        raise ConfigError("encoder.dim", dim, f"a head gives at most as many numbers as the vectors have, {width}")
+    return Encoder(Head(width, dim, config.hidden), dim, normalize=config.normalize)
+
+
+def _make_branch(width: int, dim: int, hidden: tuple[int, ...]) -> nn.Module:
+    # The last layer has no bias: distances do not see it, so all that could train it is rounding.
+    last = nn.Linear(hidden[-1], dim, bias=False)
+    nn.init.zeros_(last.weight)
+    return nn.Sequential(_make_mlp(width, MlpConfig(kind="mlp", dim=hidden[-1], hidden=hidden[:-1])), nn.ReLU(), last)
 
 
 def _make_mlp(width: int, config: MlpConfig) -> nn.Module:

@@ -1,13 +1,22 @@
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from corpora import write_vectors
+import torch
+from corpora import read_pictures, write_images, write_vectors
 from safetensors.numpy import load_file
 
 from gsl_dist.cluster.model import load_encoder, load_trained_codebook
-from gsl_dist.cluster.train import TrainConfig, run_train
+from gsl_dist.cluster.train import EpochBatches, TrainConfig, mine_rows, run_train
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import check_config
+from gsl_dist.encoders import HeadConfig, make_encoder
 from gsl_dist.errors import ConfigError, DataError
+from gsl_dist.fit import embed
+from gsl_dist.losses import NeighbourConfig, level_rows
+from gsl_dist.quantizers import LloydConfig, ProductConfig, make_quantizer, train_codebook
+from gsl_dist.ranked import find_neighbours, measure_recall
+from gsl_dist.sampling import plan_neighbours
 from gsl_dist.storage import Folder
 
 pytestmark = pytest.mark.ray
@@ -25,6 +34,28 @@ def settings(tmp_path, name="model", **changes):
         "quantizer": {"kind": "pq", "sub_vectors": 2, "bits": 3, "cells": 4},
         "fit": {"epochs": 4, "warmup_epochs": 1, "batch_size": 64},
     }
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
+    return tree
+
+
+def write_plain(path, vectors):
+    """Write vectors as somebody's model gave them: no labels."""
+    flat = pa.array(np.asarray(vectors, dtype=np.float32).ravel())
+    table = {"id": np.arange(len(vectors)), "vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
+    pq.write_table(pa.table(table), path)
+
+
+def unlabelled(tmp_path, name="model", **changes):
+    """Give settings for the same vectors without labels: a head, and the loss of neighbours."""
+    alone = {
+        "corpus": {"label_column": None},
+        "encoder": {"kind": "head", "dim": 8, "hidden": [32]},
+        "loss": {"kind": "neighbours", "neighbours": 100},
+        "fit": {"epochs": 4, "warmup_epochs": 1, "batch_size": 128, "learning_rate": 1e-3},
+    }
+    tree = settings(tmp_path, name) | {key: alone[key] for key in ("encoder", "loss", "fit")}
+    tree["corpus"] = tree["corpus"] | alone["corpus"]
     for key, value in changes.items():
         tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
     return tree
@@ -120,3 +151,127 @@ def test_divergence_is_told_and_not_retried(ray_session, tmp_path):
     with pytest.raises(Exception, match="diverged in epoch"):
         train(settings(tmp_path, fit={"learning_rate": 1e30}, encoder={"normalize": False}, loss={"kind": "pairwise"}))
     assert not (tmp_path / "model" / "model.json").exists()
+
+
+TAUGHT = {"rounds": 0, "last_steps": 30, "learning_rate": 3e-3, "batch_rows": 128}
+
+
+@pytest.mark.parametrize("scores", ["exact", "tables"])
+def test_the_landing_of_a_taught_codebook_is_the_one_the_network_landed_on(ray_session, tmp_path, scores):
+    changes = {"fit": {"views": 3}, "quantizer": {"residual": False}, "encoder": {"dropout": 0.3}}
+    train(settings(tmp_path, "plain", **changes))
+    card = train(settings(tmp_path, "taught", ranked=TAUGHT | {"scores": scores}, **changes))
+    plain, taught = (load_trained_codebook(str(tmp_path / name)) for name in ("plain", "taught"))
+    one, other = weights(tmp_path, "plain"), weights(tmp_path, "taught")
+    assert all(np.array_equal(one[name], other[name]) for name in one) and card.kind == "model"
+    if scores == "exact":
+        assert np.array_equal(taught.landing, plain.books) and not np.array_equal(taught.books, plain.books)
+    else:
+        assert taught.kind == "cq" and taught.landing_bias.shape == plain.books.shape[:2]
+        # Spread over the whole length, the product codewords lie in blocks.
+        assert np.array_equal(taught.landing[0, :, :4], plain.books[0]) and not taught.landing[0, :, 4:].any()
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"snap": {"variant": "none"}, "fit": {"views": 2}}, "snap.variant may not be none"),
+        ({}, "fit.views must be at least 2"),
+        ({"fit": {"views": 2}, "ranked": TAUGHT | {"scores": "tables"}}, "quantizer.residual must be false"),
+    ],
+)
+def test_what_cannot_be_taught_is_refused(tmp_path, changes, named):
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+        check_config(TrainConfig, settings(tmp_path, **({"ranked": TAUGHT} | changes)))
+
+
+def test_codes_of_unlabelled_vectors_find_more_of_their_neighbours_than_at_the_start(ray_session, tmp_path):
+    pictures = torch.from_numpy(read_pictures(3500, 64).astype(np.float32))
+    x, queries = pictures[:3000], pictures[3000:]
+    write_plain(tmp_path / "train.parquet", x.numpy())
+    quantizer = {"kind": "pq", "sub_vectors": 4, "bits": 6, "cells": 1}
+    fitting = {"epochs": 12, "warmup_epochs": 2, "batch_size": 512, "learning_rate": 2e-3}
+    card = train(unlabelled(tmp_path, encoder={"dim": 16}, quantizer=quantizer, fit=fitting))
+    assert (card.facts["rows"], card.facts["classes"]) == (3000, [])
+
+    def recall(encoder, codebook):
+        truth = find_neighbours(x, 10, queries_QD=queries)
+        return measure_recall(embed(encoder, x), embed(encoder, queries), truth, codebook)
+
+    start = make_encoder(HeadConfig(kind="head", dim=16), (64,))
+    start.backbone.start_from(x)
+    shape = make_quantizer(ProductConfig.model_validate(quantizer), 16)
+    before = recall(start, train_codebook(embed(start, x), shape, LloydConfig(iterations=60)).codebook)
+    model = str(tmp_path / "model")
+    after = recall(load_encoder(model)[0], load_trained_codebook(model))
+    assert after > before + 0.01
+
+
+def test_two_workers_train_the_head_that_one_does_whether_or_not_there_are_labels(ray_session, tmp_path):
+    for workers, column in ((1, None), (2, "label")):
+        corpus, few = {"label_column": column}, {"epochs": 3}
+        train(unlabelled(tmp_path, f"model{workers}", corpus=corpus, fit=few, resources={"workers": workers}))
+    one, two = weights(tmp_path, "model1"), weights(tmp_path, "model2")
+    assert "backbone.linear.weight" in one and "backbone.scale" in one
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], atol=2e-4)
+    books = [load_trained_codebook(str(tmp_path / name)).books for name in ("model1", "model2")]
+    np.testing.assert_allclose(*books, atol=2e-3)
+
+
+def test_rows_beyond_the_sample_are_not_learned_from_and_batches_say_which_row_is_which():
+    items = np.random.default_rng(0).normal(size=(1000, 6)).astype(np.float32)
+    rows = mine_rows(items, NeighbourConfig(kind="neighbours", neighbours=50, sample_rows=300))
+    assert len(rows.items) == 1000 and len(rows.learned) == 300 and rows.near.shape == (300, 50)
+    sample = items[rows.learned]
+    nearest = np.square(sample[:, None] - sample).sum(2).argsort(1)[:, 1:51]
+    assert np.mean(rows.near == nearest) > 0.999
+    plan = rows.learned[plan_neighbours(rows.mined.near_Nk, 64, seed=0, epoch=0)]
+    for drawn, numbers in EpochBatches(rows, plan, 0, 1):
+        np.testing.assert_array_equal(drawn, sample[numbers])
+        torch.testing.assert_close(level_rows(drawn), level_rows(rows.mined.x_ND[numbers]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_corpus_of_copies_is_refused():
+    rng = np.random.default_rng(0)
+    apart, copies = rng.normal(size=(400, 6)), np.repeat(rng.normal(size=(20, 6)), 30, axis=0)
+    loss = NeighbourConfig(kind="neighbours", neighbours=50)
+    for items, share in ((np.ones((300, 6)), "100%"), (np.concatenate([apart, copies]), "60%")):
+        with pytest.raises(DataError, match=f"corpus: got '{share} copies', but most rows must have neighbours"):
+            mine_rows(items.astype(np.float32), loss)
+    mine_rows(np.concatenate([apart, copies[:300]]).astype(np.float32), loss)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"loss": {"neighbours": 600}}, "600 neighbours of each .* more are needed"),
+        ({"loss": {"neighbours": 600, "sample_rows": 500}}, "sample_rows"),
+        ({"encoder": {"dim": 17}}, r"encoder\.dim.*16"),
+        ({"loss": {"kind": "proxy", "neighbours": None}}, "loss"),
+        ({"fit": {"batch_size": 32}}, r"fit\.batch_size"),
+        ({"fit": {"samples_per_class": 4}}, r"fit\.samples_per_class"),
+        ({"fit": {"batch_size": 129}, "resources": {"workers": 2}}, r"fit\.batch_size"),
+    ],
+)
+def test_bad_settings_of_neighbours_are_refused_and_nothing_is_written(tmp_path, changes, named):
+    with pytest.raises((ConfigError, DataError), match=named):
+        train(unlabelled(tmp_path, **changes))
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, r"loss\.kind.*holds images"),
+        ({"loss": {"kind": "proxy"}}, r"encoder\.kind.*it takes vectors"),
+    ],
+)
+def test_images_have_no_neighbours_and_take_no_head(tmp_path, changes, named):
+    write_images(tmp_path / "train.parquet", rows=300)
+    tree = unlabelled(tmp_path) | changes
+    image = {"height": 8, "width": 8, "channels": 1}
+    tree["corpus"] = tree["corpus"] | {"vector_column": None, "image_column": "image", "image": image}
+    tree["corpus"] |= {"label_column": "label"}
+    with pytest.raises(ConfigError, match=named):
+        train(tree)

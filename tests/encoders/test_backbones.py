@@ -9,6 +9,7 @@ from gsl_dist.encoders import EncoderConfig, ModuleConfig, make_encoder
 from gsl_dist.errors import ConfigError
 
 MLP, CNN, TABLE = {"kind": "mlp", "dim": 12}, {"kind": "cnn", "dim": 12, "channels": [4, 8]}, {"kind": "table"}
+HEAD = {"kind": "head", "dim": 12, "hidden": [16], "normalize": True}
 MODULE = {
     "kind": "module",
     "target": "torch.nn:Linear",
@@ -16,6 +17,7 @@ MODULE = {
     "dim": 12,
 }
 CASES = [(MLP, (10,)), (MLP, (8, 8, 1)), (CNN, (28, 28, 1)), (CNN, (32, 32, 3)), (CNN, (9, 5, 1)), (MODULE, (10,))]
+CASES += [(HEAD, (14,)), (HEAD, (12,))]
 every_case = pytest.mark.parametrize(("config", "shape"), CASES)
 
 
@@ -72,6 +74,9 @@ def test_a_row_does_not_depend_on_its_batch(config, shape, training):
 @every_case
 def test_gradients_reach_every_parameter(config, shape):
     encoder = start_encoder(config, shape)
+    with torch.no_grad():
+        # The perceptron of a head begins with a last layer of zeros, which lets nothing through in the first step.
+        [parameter.add_(0.01) for parameter in encoder.parameters()]
     encoder(make_items(shape))[:, 0].sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in encoder.parameters())
 
@@ -81,6 +86,62 @@ def test_an_mlp_has_the_hidden_layers_it_was_given(hidden):
     encoder = start_encoder(MLP, (10,), hidden=hidden)
     widths = [layer.in_features for layer in encoder.backbone if isinstance(layer, nn.Linear)]
     assert widths == [10, *hidden]
+
+
+def make_stretched(rows=300, width=10):
+    """Give rows that spread by another measure in each direction, the directions turned, far from zero."""
+    turn = torch.linalg.qr(make_items((width,), width))[0]
+    return make_items((width,), rows) * torch.arange(1.0, width + 1) @ turn + 50
+
+
+@pytest.mark.parametrize("dim", [None, 10])
+@pytest.mark.parametrize("hidden", [(), (8,), (8, 8)])
+def test_a_head_begins_as_the_identity(dim, hidden):
+    items, encoder = make_stretched(), start_encoder(HEAD, (10,), dim=dim, hidden=hidden, normalize=False)
+    assert torch.equal(encoder(items), items) and encoder.dim == 10
+    encoder.backbone.start_from(items)
+    assert torch.equal(encoder(items), items)
+
+
+def test_a_head_with_fewer_numbers_begins_with_orthonormal_rows_that_the_seed_decides():
+    weights = [start_encoder(HEAD, (10,), dim=4).backbone.linear.weight for _ in range(2)]
+    torch.testing.assert_close(weights[0] @ weights[0].T, torch.eye(4), atol=1e-6, rtol=0)
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("dim", [1, 4, 9])
+def test_a_head_that_saw_a_sample_begins_as_its_principal_axes(dim):
+    items, encoder = make_stretched(), start_encoder(HEAD, (10,), dim=dim, normalize=False)
+    encoder.backbone.start_from(items)
+    rest = items - items.mean(0)
+    left, sizes, right = torch.linalg.svd(rest, full_matrices=False)
+    projected = rest @ encoder.backbone.linear.weight.T
+    torch.testing.assert_close(
+        projected @ encoder.backbone.linear.weight, left[:, :dim] * sizes[:dim] @ right[:dim], atol=1e-3, rtol=1e-4
+    )
+    torch.testing.assert_close(projected.square().sum(0), sizes[:dim].square(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(encoder(items) - encoder(items.mean(0, keepdim=True)), projected, atol=1e-4, rtol=1e-4)
+
+
+def test_vectors_of_any_size_train_a_head_alike():
+    trained = []
+    for size in (1.0, 1000.0):
+        items, encoder = make_stretched().double() * size, start_encoder(HEAD, (10,), dim=4, normalize=False).double()
+        encoder.backbone.start_from(items)
+        start, optimizer = encoder(items), torch.optim.Adam(encoder.parameters(), lr=1e-2)
+        for _ in range(5):
+            y = encoder(items) - encoder(items).mean(0)
+            optimizer.zero_grad()
+            (y[:, 0].square().mean() / y.square().mean()).backward()
+            optimizer.step()
+        assert (encoder(items) - start).abs().max() > size
+        trained.append(encoder(items).detach() / size)
+    torch.testing.assert_close(*trained, atol=1e-2, rtol=1e-3)
+
+
+def test_a_head_wider_than_the_vectors_is_refused():
+    with pytest.raises(ConfigError, match=r"encoder\.dim: got 11, but a head gives at most .* the vectors have, 10"):
+        start_encoder(HEAD, (10,), dim=11)
 
 
 def test_a_table_gives_its_vectors_back():
@@ -122,7 +183,9 @@ def test_a_target_without_module_and_callable_is_not_a_config(target):
         start_encoder(MODULE, (10,), target=target)
 
 
-@pytest.mark.parametrize(("config", "shape", "wanted"), [(CNN, (10,), "images"), (TABLE, (8, 8, 1), "vectors")])
+@pytest.mark.parametrize(
+    ("config", "shape", "wanted"), [(CNN, (10,), "images"), (TABLE, (8, 8, 1), "vectors"), (HEAD, (8, 8, 1), "vectors")]
+)
 def test_items_of_another_shape_are_refused(config, shape, wanted):
     with pytest.raises(ConfigError, match=f"it takes {wanted}, but the corpus has items of shape") as error:
         start_encoder(config, shape)
@@ -141,6 +204,12 @@ def test_module_of_another_width_or_with_wrong_arguments_is_refused():
         make_encoder(config(arguments={"inputs": 6}), (6,))
     with pytest.raises(ConfigError, match="items of shape"):
         make_encoder(config(), (7,))
+
+
+@pytest.mark.parametrize(("dropout", "at_inputs", "wanted"), [(0.5, None, [0.5, 0.5]), (0.5, 0.2, [0.2, 0.5])])
+def test_inputs_have_a_dropout_of_their_own(dropout, at_inputs, wanted):
+    encoder = start_encoder(MLP, (10,), dropout=dropout, input_dropout=at_inputs)
+    assert [layer.p for layer in encoder.backbone if isinstance(layer, nn.Dropout)] == wanted
 
 
 def test_dropout_leaves_units_out_in_training_alone():
