@@ -49,7 +49,9 @@ def main() -> None:
         pages.append(draw_labelfree(RESULTS / "labelfree.jsonl"))
     write(
         "README.md",
-        "# Results\n\nRedrawn by `make results`; runs are in `benchmarks/results/experiments/`.\n\n" + "".join(pages),
+        "# Results\n\nRedrawn by `make results`; runs are in `benchmarks/results/`.\n\n"
+        + "".join(pages)
+        + "- [What was tried](tried.md), written by hand\n",
     )
 
 
