@@ -189,7 +189,7 @@ def learn_ranked(
         seed: decides which rows meet.
         on_round: called after every turn.
     """
-    rng, codebook = np.random.default_rng(seed), score_by(start, taught.x_ND, config)
+    rng, codebook = np.random.default_rng(seed), score_by(start.landed, taught.x_ND, config)
     temperature = math.log(config.temperature * taught.energy)
     for number in range(config.rounds + 1):
         last = number == config.rounds
