@@ -101,12 +101,13 @@ class Run:
 
     @property
     def quantizer(self) -> QuantizerConfig:
-        """Give the quantizer at this number of bits."""
-        shape = dict(self.experiment.quantizers[self.config.quantizer])
-        count = "books" if shape["kind"] in ("rq", "lsq") else "sub_vectors"
-        return check_config(
-            Shaped, {"quantizer": shape | {count: self.bits // BITS_A_BOOK, "bits": BITS_A_BOOK}}
-        ).quantizer
+        """Give the quantizer at this number of bits: as few choices as may be, of 8 bits or less."""
+        shape, dim = dict(self.experiment.quantizers[self.config.quantizer]), self.experiment.encoder.dim
+        additive = shape["kind"] in ("rq", "lsq")
+        counts = range(-(-self.bits // BITS_A_BOOK), self.bits)
+        count = next(n for n in counts if self.bits % n == 0 and (additive or dim % n == 0))
+        shape |= {"books" if additive else "sub_vectors": count, "bits": self.bits // count}
+        return check_config(Shaped, {"quantizer": shape}).quantizer
 
 
 class Shaped(Strict):
