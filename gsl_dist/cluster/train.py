@@ -295,7 +295,7 @@ def _join_training(settings: dict[str, Any]) -> None:
     seat = Seat(settings["coordinator"], attempt, rank, workers)
 
     def batches(epoch: int) -> EpochBatches:
-        return EpochBatches(rows, _plan_epoch(config.fit, rows, epoch), rank, workers)
+        return EpochBatches(rows, plan(config.fit, rows, epoch), rank, workers)
 
     def refresh(training: Training) -> Trained:
         return _refresh(training, config, rows, seat)
@@ -306,7 +306,8 @@ def _join_training(settings: dict[str, Any]) -> None:
     fit(training, batches, refresh, report)
 
 
-def _plan_epoch(config: FitConfig, rows: TrainingSet, epoch: int) -> NDArray[np.int64]:
+def plan(config: FitConfig, rows: TrainingSet, epoch: int) -> NDArray[np.int64]:
+    """Give the row numbers of every step of an epoch, (steps, batch_size)."""
     if rows.mined is not None:
         return rows.learned[plan_neighbours(rows.mined.near_Nk, config.batch_size, seed=config.seed, epoch=epoch)]
     return plan_epoch(
