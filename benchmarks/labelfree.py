@@ -28,6 +28,7 @@ from prepare import Split, cut, open_split
 from record import RESULTS
 from torch import Tensor
 
+from gsl_dist.codebook import Codebook
 from gsl_dist.demo import read_commit
 from gsl_dist.evaluate import recall_at
 from gsl_dist.quantizers import (
@@ -35,6 +36,7 @@ from gsl_dist.quantizers import (
     LloydConfig,
     OptimizedConfig,
     ProductConfig,
+    Quantizer,
     QuantizerConfig,
     decode,
     make_quantizer,
@@ -43,6 +45,8 @@ from gsl_dist.quantizers import (
 from gsl_dist.ranked import RankedConfig, find_coded, learn_ranked, mine_neighbours
 
 LLOYD = LloydConfig(iterations=15)
+FAISS_SEED = 1234
+FITTED: dict[tuple[str, int, int], Codebook] = {}
 LOG = RESULTS / "labelfree.jsonl"
 Rank = Callable[[Tensor], Tensor]
 
@@ -79,23 +83,42 @@ def run(key: tuple[str, int, str, int, int], split: Split) -> None:
         print(line, flush=True)
 
 
-def run_faiss(factory: Callable[[int, int], Any]) -> Callable[[Split, int, int], dict[str, Rank]]:
+def run_faiss(factory: Callable[[int, int, int], Any]) -> Callable[[Split, int, int], dict[str, Rank]]:
     def method(split: Split, count: int, seed: int) -> dict[str, Rank]:
         base = split.database
-        quantizer = factory(base.shape[1], count)
+        quantizer = factory(base.shape[1], count, FAISS_SEED + seed)
         quantizer.train(base)
         return rank_decoded(torch.from_numpy(quantizer.decode(quantizer.compute_codes(base))))
 
     return method
 
 
+def make_product(dim: int, count: int, seed: int) -> Any:
+    quantizer = faiss.ProductQuantizer(dim, count, 8)
+    quantizer.cp.seed = seed
+    return quantizer
+
+
+def make_residual(dim: int, count: int, seed: int) -> Any:
+    quantizer = faiss.ResidualQuantizer(dim, count, 8)
+    quantizer.cp.seed = seed
+    return quantizer
+
+
+def make_local_search(dim: int, count: int, seed: int) -> Any:
+    quantizer = faiss.LocalSearchQuantizer(dim, count, 8)
+    quantizer.random_seed = seed
+    return quantizer
+
+
 class FaissOpq:
     """faiss's OPQ as one thing that trains, codes and decodes; the rotation may leave dimensions out."""
 
-    def __init__(self, dim: int, count: int) -> None:
+    def __init__(self, dim: int, count: int, seed: int) -> None:
         kept = min(dim // count * count, 8 * count)
+        self.inner, self.product = (make_product(kept, count, seed) for _ in range(2))
         self.turn = faiss.OPQMatrix(dim, count, kept)
-        self.product = faiss.ProductQuantizer(kept, count, 8)
+        self.turn.pq = self.inner
 
     def train(self, base: NDArray[np.float32]) -> None:
         """Learn the rotation, then the codewords."""
@@ -114,11 +137,19 @@ class FaissOpq:
 def run_ours(make: Callable[[int], QuantizerConfig]) -> Callable[[Split, int, int], dict[str, Rank]]:
     def method(split: Split, count: int, seed: int) -> dict[str, Rank]:
         base = torch.from_numpy(split.database)
-        quantizer = make_quantizer(make(count), base.shape[1])
-        codebook = train_codebook(base, quantizer, LLOYD, seed=seed).codebook
+        quantizer, codebook = fit_once(make(count), split, seed)
         return rank_decoded(decode(*quantizer.encode(base, codebook), codebook))
 
     return method
+
+
+def fit_once(config: QuantizerConfig, split: Split, seed: int) -> tuple[Quantizer, Codebook]:
+    """Fit a codebook, and keep it for the other methods that start from it."""
+    key = (config.model_dump_json(), id(split), seed)
+    quantizer = make_quantizer(config, split.database.shape[1])
+    if key not in FITTED:
+        FITTED[key] = train_codebook(torch.from_numpy(split.database), quantizer, LLOYD, seed=seed).codebook
+    return quantizer, FITTED[key]
 
 
 def run_ranked(
@@ -128,8 +159,7 @@ def run_ranked(
 
     def method(split: Split, count: int, seed: int) -> dict[str, Rank]:
         base = torch.from_numpy(split.database)
-        quantizer = make_quantizer(make(count), base.shape[1])
-        start = train_codebook(base, quantizer, LLOYD, seed=seed).codebook
+        quantizer, start = fit_once(make(count), split, seed)
         codebook = learn_ranked(mine_neighbours(base, config), start, config, seed=seed)
         if scores == "tables":
             return {"l2": lambda queries: find_coded(base, queries, codebook, 100)}
@@ -164,10 +194,10 @@ def local_search(count: int) -> AdditiveConfig:
 
 
 METHODS: dict[str, Callable[[Split, int, int], dict[str, Rank]]] = {
-    "faiss pq": run_faiss(lambda dim, count: faiss.ProductQuantizer(dim, count, 8)),
+    "faiss pq": run_faiss(make_product),
     "faiss opq": run_faiss(FaissOpq),
-    "faiss rq": run_faiss(lambda dim, count: faiss.ResidualQuantizer(dim, count, 8)),
-    "faiss lsq": run_faiss(lambda dim, count: faiss.LocalSearchQuantizer(dim, count, 8)),
+    "faiss rq": run_faiss(make_residual),
+    "faiss lsq": run_faiss(make_local_search),
     "pq": run_ours(product),
     "opq": run_ours(optimized),
     "rq": run_ours(residual),
