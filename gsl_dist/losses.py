@@ -1,9 +1,9 @@
 """Similarity losses on a batch of representations: three that ask for labels, and one that asks for none.
 
-With labels, from pytorch-metric-learning: `triplet` mines the hardest pairs of the batch and falls silent once they
-are satisfied; `proxy` classifies by the nearest of learned class proxies and never does; `pairwise` pulls equal labels
-together and pushes others past a margin. A snapped network needs a loss that keeps speaking: where the gradient is
-zero, nothing is pulled.
+With labels, from pytorch-metric-learning: `triplet` asks for a margin between positives and negatives of the batch and
+falls silent once it is there; `proxy` classifies by the nearest of learned class proxies and never does; `pairwise`
+pulls equal labels together and pushes others past a margin. A snapped network needs a loss that keeps speaking: where
+the gradient is zero, nothing is pulled.
 
 These three see directions only: rows are scaled to length 1 first, whether or not the encoder does so. Distances are
 Euclidean, not squared, so they lie between 0 and 2, and margins are in those units. Means of `triplet` and `pairwise`
@@ -31,13 +31,17 @@ from gsl_dist.ranked import POSITIVES, Mined, rank_in_batch
 
 
 class TripletConfig(Strict):
-    """The farthest positive p and the nearest negative n of each row a in the batch: max(0, |a-p| - |a-n| + margin).
+    """A row a of the batch, a positive p and a negative n: max(0, |a-p| - |a-n| + margin).
 
-    Distances are not squared and between rows of length 1; the mean is over the triplets above 0.
+    Distances are not squared and between rows of length 1; the mean is over the triplets above 0. The farthest p and
+    the nearest n alone can gather all rows in one point before they part them; all triplets never do.
     """
 
     kind: Literal["triplet"]
     margin: float = Field(default=0.2, gt=0)
+    mining: Literal["hardest", "all"] = Field(
+        default="hardest", description="of each row the farthest positive with the nearest negative, or every triplet"
+    )
 
 
 class ProxyConfig(Strict):
@@ -149,7 +153,8 @@ def make_loss(config: LossConfig, *, classes: int, dim: int, mined: Mined | None
         assert mined is not None, "a loss of neighbours needs them"
         return SimilarityLoss(NeighbourLoss(config, mined))
     if isinstance(config, TripletConfig):
-        return SimilarityLoss(losses.TripletMarginLoss(margin=config.margin), miners.BatchHardMiner())
+        miner = miners.BatchHardMiner() if config.mining == "hardest" else None
+        return SimilarityLoss(losses.TripletMarginLoss(margin=config.margin), miner)
     if isinstance(config, ProxyConfig):
         return SimilarityLoss(losses.NormalizedSoftmaxLoss(classes, dim, temperature=config.temperature))
     return SimilarityLoss(losses.ContrastiveLoss(pos_margin=0.0, neg_margin=config.margin))

@@ -120,13 +120,15 @@ def lloyd_in_loops(x, centroids):
     return moved, labels, distances
 
 
-def triplet_in_loops(y, labels, margin):
-    """Batch-hard triplets on rows of length 1, distances not squared; the mean over the terms above 0."""
+def triplet_in_loops(y, labels, margin, mining="hardest"):
+    """All or batch-hard triplets on rows of length 1, distances not squared; the mean over the terms above 0."""
     y, terms = [_scale_to_one(row) for row in y], []
     for a, label in enumerate(labels):
         near = [math.dist(y[a], y[i]) for i, other in enumerate(labels) if other == label and i != a]
         far = [math.dist(y[a], y[i]) for i, other in enumerate(labels) if other != label]
-        if near and far:
+        if mining == "all":
+            terms += [positive - negative + margin for positive in near for negative in far]
+        elif near and far:
             terms.append(max(near) - min(far) + margin)
     return _mean_above_zero(terms)
 

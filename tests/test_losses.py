@@ -62,12 +62,14 @@ def take_gradient(loss, y, labels):
     return y.grad
 
 
+@pytest.mark.parametrize("mining", ["hardest", "all"])
 @pytest.mark.parametrize("margin", [0.05, 0.2, 1.0])
-def test_triplet_equals_the_loop_over_hardest_pairs(margin):
+def test_triplet_equals_the_loop_over_what_it_mines(margin, mining):
     y, labels = make_batch()
-    wanted = triplet_in_loops(y.tolist(), labels.tolist(), margin)
+    wanted = triplet_in_loops(y.tolist(), labels.tolist(), margin, mining)
     assert wanted > 0
-    assert float(start_loss("triplet", margin=margin)(y.detach(), labels)) == pytest.approx(wanted, rel=1e-4)
+    loss = start_loss("triplet", margin=margin, mining=mining)
+    assert float(loss(y.detach(), labels)) == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("margin", [0.3, 0.8, 1.5])
