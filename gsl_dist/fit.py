@@ -77,18 +77,24 @@ class EpochRecord:
 
 
 class Diverged(GslError):  # noqa: N818
-    """The loss is no longer a number."""
+    """The loss is no longer a number.
 
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-        last = f"the last good state is that of epoch {epoch - 1}" if epoch else "no epoch before it was good"
+    Args:
+        epoch: the one that it happened in.
+        checkpoint: where the state of the epoch before it is kept; None if it is not.
+    """
+
+    def __init__(self, epoch: int, checkpoint: str | None = None) -> None:
+        self.epoch, self.checkpoint = epoch, checkpoint
+        kept = f", kept in {checkpoint}" if checkpoint else ""
+        last = f"the last good state is that of epoch {epoch - 1}{kept}" if epoch else "no epoch before it was good"
         super().__init__(
             f"training diverged in epoch {epoch}: the loss is not finite; {last}; try a lower fit.learning_rate or "
             f"snap.beta"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Diverged, (self.epoch,)
+        return Diverged, (self.epoch, self.checkpoint)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A network whose worker is killed once, in the middle of training: what a lost machine looks like to Ray."""
+"""Networks that fail in the middle of training: one takes its worker down, another gives what is no number."""
 
 from __future__ import annotations
 
@@ -24,3 +24,16 @@ class Doomed(nn.Module):
                 self._marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
         return self.layers(items)
+
+
+class Poisoned(nn.Module):
+    """A small perceptron that gives no numbers from the given training step on."""
+
+    def __init__(self, width: int, dim: int, at_step: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, dim)
+        self._at_step, self._steps = at_step, 0
+
+    def forward(self, items: Tensor) -> Tensor:
+        self._steps += self.training
+        return self.layer(items) * (float("nan") if self._steps >= self._at_step else 1.0)

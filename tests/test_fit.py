@@ -275,13 +275,13 @@ def test_a_loss_that_is_no_number_stops_training_with_the_epoch_at_fault():
     assert error.value.epoch == 1 and seen == [1]
 
 
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_divergence_survives_pickling(epoch):
-    error = Diverged(epoch)
+@pytest.mark.parametrize(("epoch", "checkpoint"), [(0, None), (3, None), (3, "runs/checkpoint_2")])
+def test_divergence_survives_pickling(epoch, checkpoint):
+    error = Diverged(epoch, checkpoint)
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
     assert isinstance(again, Diverged) and isinstance(again, GslError)
     assert again.epoch == epoch and str(again) == str(error)
-    assert "-1" not in str(again)
+    assert "-1" not in str(again) and (checkpoint or "") in str(again)
 
 
 def test_a_warm_up_as_long_as_the_run_is_refused():

@@ -38,7 +38,7 @@ from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import Corpus, CorpusConfig, open_corpus
 from gsl_dist.encoders import EncoderConfig, Head, TableConfig, make_encoder
 from gsl_dist.errors import ConfigError, DataError, GslError
-from gsl_dist.fit import Batch, FitConfig, Training, embed, fit
+from gsl_dist.fit import Batch, Diverged, FitConfig, Training, embed, fit
 from gsl_dist.losses import LossConfig, NeighbourConfig, level_rows, make_loss
 from gsl_dist.quantizers import LloydConfig, QuantizerConfig, Rows, Trained, make_quantizer
 from gsl_dist.ranked import POSITIVES, Mined, RankedConfig, Viewed, find_neighbours, learn_ranked
@@ -142,8 +142,10 @@ def run_train(config: TrainConfig, progress: Progress = stay_quiet) -> Card:
     with own_errors():
         rows = _collect_rows(config, progress)
         result = _train(config, ray.put(rows), folder, made_by, progress)
-    if isinstance(result.return_value, GslError):
-        raise result.return_value
+    if isinstance(error := result.return_value, Diverged) and result.checkpoint:
+        raise Diverged(error.epoch, result.checkpoint.path)
+    if isinstance(error, GslError):
+        raise error
     return _publish(config, corpus, rows, folder, made_by, result)
 
 

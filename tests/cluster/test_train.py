@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +14,7 @@ from gsl_dist.codebook import Codebook
 from gsl_dist.config import check_config
 from gsl_dist.encoders import HeadConfig, make_encoder
 from gsl_dist.errors import ConfigError, DataError
-from gsl_dist.fit import embed
+from gsl_dist.fit import Diverged, embed
 from gsl_dist.losses import NeighbourConfig, level_rows
 from gsl_dist.quantizers import LloydConfig, ProductConfig, make_quantizer, train_codebook
 from gsl_dist.ranked import find_neighbours, measure_recall
@@ -151,6 +153,16 @@ def test_divergence_is_told_and_not_retried(ray_session, tmp_path):
     with pytest.raises(Exception, match="diverged in epoch"):
         train(settings(tmp_path, fit={"learning_rate": 1e30}, encoder={"normalize": False}, loss={"kind": "pairwise"}))
     assert not (tmp_path / "model" / "model.json").exists()
+
+
+def test_divergence_names_the_last_good_checkpoint(ray_session, tmp_path):
+    # 9 steps an epoch: step 22 lies in the third, which is called 2.
+    arguments = {"width": 16, "dim": 8, "at_step": 22}
+    encoder = {"kind": "module", "target": "doomed:Poisoned", "arguments": arguments, "dim": 8}
+    with pytest.raises(Diverged, match=r"diverged in epoch 2.* last good state is that of epoch 1, kept in ") as error:
+        train({**settings(tmp_path), "encoder": encoder})
+    state = torch.load(Path(error.value.checkpoint) / "state.pt", weights_only=True)
+    assert [record["epoch"] for record in state["history"]] == [0, 1]
 
 
 TAUGHT = {"rounds": 0, "last_steps": 30, "learning_rate": 3e-3, "batch_rows": 128}
