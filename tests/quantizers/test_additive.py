@@ -328,13 +328,23 @@ def test_a_book_is_trained_on_all_that_the_best_sums_before_it_leave():
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_book_begins_with_what_the_nearest_sum_of_every_row_leaves(stage):
-    # As many rows as codewords: each must be taken, and none of what a lesser sum leaves.
+    # As many rows as codewords: each must be taken, half way from their mean, and none of what a lesser sum leaves.
     quantizer, x = make_additive(books=3, bits=5, train_beam=4), make_clusters(32)
     codebook = codebook_of(make_books(words=32, dims=8, dtype=torch.float32))
     phase = f"book {stage}"
     seeded = quantizer.seed(codebook, phase, quantizer.prepare(x, codebook, phase), np.random.default_rng(0))
     nearest = search_beam(x, torch.tensor(codebook.books[:stage]), 4).rests_NLD[:, 0].numpy()
-    assert {row.tobytes() for row in seeded.books[stage]} == {row.tobytes() for row in nearest}
+    half_way = (nearest.mean(0) + nearest) / 2
+    assert {row.tobytes() for row in seeded.books[stage]} == {row.tobytes() for row in half_way}
+
+
+@pytest.mark.parametrize(("tail", "most"), [(0.5, 0.29), (1.0, 0.15)])
+def test_rows_far_out_do_not_keep_codewords_to_themselves(tail, most):
+    # Books that began on rows left .33 and .16 here; half way from the mean to rows drawn at random, .29 and .22.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 64, generator=generator) * torch.exp(tail * torch.randn(4000, 1, generator=generator))
+    trained = train_codebook(x, make_additive("rq", dim=64, books=8, bits=6), LloydConfig(iterations=8))
+    assert trained.relative_error < most
 
 
 def test_annealing_begins_with_books_that_fit_scattered_codes():
@@ -406,7 +416,7 @@ def test_refitting_all_books_lowers_the_error(kind):
 
 def test_a_book_of_as_many_codewords_as_rows_codes_them_exactly():
     x = make_clusters(64)
-    trained = train_codebook(x, make_additive("rq", books=1, bits=6), LloydConfig(iterations=1))
+    trained = train_codebook(x, make_additive("rq", books=1, bits=6), LloydConfig(iterations=5))
     assert trained.relative_error == pytest.approx(0, abs=1e-6)
 
 
