@@ -49,6 +49,7 @@ from gsl_dist.quantizers.composite import compose, measure_misfit
 POSITIVES = 10
 _CHUNK_FLOATS = 1 << 23
 _NEAR, _FAR = 31, 32
+_PACE = 1e-3
 
 
 class RankedConfig(Strict):
@@ -61,7 +62,11 @@ class RankedConfig(Strict):
     rounds: int = Field(default=2, ge=0, description="turns of learning and encoding")
     steps: int = Field(default=80, ge=1, description="gradient steps of a turn")
     last_steps: int = Field(default=300, ge=0, description="gradient steps at the end, codes fixed for good")
-    learning_rate: float = Field(default=5e-4, gt=0, description="for vectors of mean squared length 1")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="for vectors of mean squared length 1; None: a thousandth of the root mean squared misfit",
+    )
     batch_rows: int = Field(default=1024, ge=64, description="rows that meet in a step, about")
     fidelity: float = Field(default=1.0, ge=0, description="weight of the quantization error in a turn")
     temperature: float = Field(default=0.03, gt=0, description="of the softmax at first; it is learned")
@@ -346,8 +351,9 @@ class _Words:
 def _descend(
     words: _Words, taught: Mined | Viewed, config: RankedConfig, rng: np.random.Generator, *, last: bool
 ) -> None:
-    steps, rate = config.last_steps if last else config.steps, config.learning_rate * math.sqrt(taught.energy)
-    groups = [{"params": words.moving, "lr": rate}, {"params": [words.temperature], "lr": 5e-3}]
+    steps = config.last_steps if last else config.steps
+    groups = [{"params": words.moving, "lr": _pick_rate(words, taught, config)}]
+    groups += [{"params": [words.temperature], "lr": 5e-3}]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
     pace = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 10) * (0.51 + 0.5 * math.cos(math.pi * step / max(1, steps)))
@@ -364,3 +370,13 @@ def _descend(
         loss.backward()
         optimizer.step()
         pace.step()
+
+
+def _pick_rate(words: _Words, taught: Mined | Viewed, config: RankedConfig) -> float:
+    """Give how far a codeword may move in a step: the closer they fit, the more care they want."""
+    if config.learning_rate is not None:
+        return config.learning_rate * math.sqrt(taught.energy)
+    x_ND = rotate(taught.x_ND, words.codebook)
+    with torch.no_grad():
+        misfit_N = words.score(x_ND[:0], x_ND, torch.arange(len(x_ND)))[1]
+    return _PACE * math.sqrt(float(misfit_N.mean()))

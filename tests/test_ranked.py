@@ -203,6 +203,17 @@ def test_the_size_of_the_vectors_does_not_matter(images):
     np.testing.assert_allclose(*books, atol=2e-3)
 
 
+@every_kind
+def test_a_first_step_moves_codewords_by_a_share_of_the_quantization_error(kind, images):
+    x, _ = images
+    start = start_codebook(kind, x)
+    config = QUICK.model_copy(update={"rounds": 0, "last_steps": 1, "learning_rate": None})
+    moved = learn_ranked(mine_neighbours(x, config), start, config, seed=0).books - start.books
+    error = (x - decode(*open_quantizer(start).encode(x, start), start)).square().sum(1).mean().sqrt()
+    # Adam's first step is of the whole rate, of which a tenth counts at first, by the warm-up and the cosine.
+    assert np.abs(moved).max() == pytest.approx(0.1 * 1.01 * 1e-3 * float(error), rel=0.02)
+
+
 def test_a_seed_decides_what_is_learned(images):
     x = images[0][:800]
     quick = QUICK.model_copy(update={"rounds": 1, "steps": 5, "last_steps": 5})
