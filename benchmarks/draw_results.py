@@ -38,6 +38,7 @@ SHOWN = {
     "fallback_rate": "fallback rate",
     "usage": "code entropy, share of the most",
 }
+YARDS = ("train_error", "held_out_error", "train_s", "encode_s")
 Runs = dict[tuple[str, int], dict[int, dict[str, Any]]]
 
 
@@ -47,6 +48,8 @@ def main() -> None:
     pages = [draw_experiment(path) for path in sorted((RESULTS / "experiments").glob("*.jsonl"))]
     if (RESULTS / "labelfree.jsonl").exists():
         pages.append(draw_labelfree(RESULTS / "labelfree.jsonl"))
+    if (RESULTS / "quantizers.json").exists():
+        pages.append(draw_yardstick(RESULTS / "quantizers.json"))
     write(
         "README.md",
         "# Results\n\nRedrawn by `make results`; runs are in `benchmarks/results/`.\n\n"
@@ -75,34 +78,71 @@ def draw_experiment(path: Path) -> str:
 
 def draw_labelfree(path: Path) -> str:
     """Write the page of codes for embeddings: recall by data, method and ranking; give its line in the list."""
-    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    cells: dict[tuple[Any, ...], dict[str, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     commits = set()
     for run in map(json.loads, path.read_text().splitlines()):
-        data, count, method, size, _ = run["key"]
-        rows[data, count, size, run["how"], method].append(run)
+        data, count, method, size, seed = run["key"]
+        cells[data, count, size, run["how"]][method][seed] = run
         commits.add(run["commit"])
     title = "Codes for embeddings without labels: recall of the true neighbours in the original space"
     lines = [
         f"# {title}\n",
         f"`benchmarks/labelfree.py`; commits {', '.join(sorted(commits))}. 1,000 queries that took",
+        "no part in training; exhaustive search; mean and standard deviation over seeds. Differences are of recall@10,",
+        "paired by seed, with the 95% interval, bold where it leaves out zero.\n",
     ]
-    lines.append("no part in training; exhaustive search; mean and standard deviation over seeds.\n")
-    tables = sorted({key[:4] for key in rows}, key=str)
-    for data, count, size, how in tables:
-        lines += [f"## {data}, {count:,} items, {size} bytes, ranked by {how}\n"]
-        lines += ["| method | recall@1 | recall@10 | recall@100 | seeds |", "|---|---|---|---|---|"]
-        for key, runs in rows.items():
-            if key[:4] == (data, count, size, how):
-                cells = [describe([run[f"recall{k}"] for run in runs]) for k in (1, 10, 100)]
-                lines.append(f"| {key[4]} | " + " | ".join(cells) + f" | {len(runs)} |")
-        lines.append("")
+    for key in sorted(cells, key=str):
+        lines += [*table_recall(key, cells[key]), ""]
     write("labelfree.md", "\n".join(lines))
     return f"- [{title}](labelfree.md)\n"
+
+
+def table_recall(key: tuple[Any, ...], methods: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    """Give the lines of one table, best method last."""
+    data, count, size, how = key
+    lines = [f"## {data}, {count:,} items, {size} bytes, ranked by {how}\n"]
+    lines += ["| method | recall@1 | recall@10 | recall@100 | minus faiss opq | seeds |", "|---" * 6 + "|"]
+    ordered = sorted(methods.items(), key=lambda item: np.mean([run["recall10"] for run in item[1].values()]))
+    for method, runs in ordered:
+        shown = [describe([run[f"recall{k}"] for run in runs.values()]) for k in (1, 10, 100)]
+        base = methods.get("faiss opq", {}) if method != "faiss opq" else {}
+        difference = describe_difference([runs[s]["recall10"] - base[s]["recall10"] for s in runs if s in base], 3)
+        lines.append(f"| {method} | {' | '.join(shown)} | {difference} | {len(runs)} |")
+    return lines
+
+
+def draw_yardstick(path: Path) -> str:
+    """Write the page that compares quantization errors with faiss's; give its line in the list."""
+    result = json.loads(path.read_text())
+    title = "The yardstick: quantization error at equal bytes on equal rows, ours and faiss's"
+    lines = [f"# {title}\n", f"`benchmarks/quantizers.py`; commit {result['commit']}; {result['seeds']} seeds,"]
+    lines += [f"{result['threads']} thread. Relative to the variance; mean and standard deviation.\n"]
+    for data, table in result["data"].items():
+        lines += [
+            f"## {data}: {table['rows']:,} rows trained on, {table['held_out']:,} held out, {table['dim']} dims\n"
+        ]
+        lines += ["| method, bytes | error, trained on | error, held out | training s | encoding s |", "|---" * 5 + "|"]
+        for method, figures in table["methods"].items():
+            errors = [f"{figures[name]['mean']:.4f} ± {figures[name]['sd']:.4f}" for name in YARDS[:2]]
+            times = [f"{figures[name]['mean']:.1f}" for name in YARDS[2:]]
+            lines.append(f"| {' | '.join([method, *errors, *times])} |")
+        lines.append("")
+    write("quantizers.md", "\n".join(lines))
+    return f"- [{title}](quantizers.md)\n"
 
 
 def describe(values: list[float]) -> str:
     deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{deviation}"
+
+
+def describe_difference(pairs: list[float], digits: int) -> str:
+    """Give the mean with its 95% interval, bold where that leaves out zero; nothing of a single pair."""
+    if len(pairs) < 2:
+        return ""
+    reach = stats.t.ppf(0.975, len(pairs) - 1) * np.std(pairs, ddof=1) / np.sqrt(len(pairs))
+    text = f"{np.mean(pairs):+.{digits}f} ± {reach:.{digits}f}"
+    return f"**{text}**" if abs(np.mean(pairs)) > reach else text
 
 
 def read_runs(path: Path) -> tuple[Runs, set[str]]:
@@ -132,11 +172,7 @@ def table_differences(runs: Runs, figure: str, base: str) -> str:
     def cell(arm: str, bits: int) -> str:
         mine, theirs = runs.get((arm, bits), {}), runs.get((base, bits), {})
         pairs = [mine[seed][figure] - theirs[seed][figure] for seed in sorted(mine.keys() & theirs.keys())]
-        if len(pairs) < 2 or arm == base:
-            return ""
-        reach = stats.t.ppf(0.975, len(pairs) - 1) * np.std(pairs, ddof=1) / np.sqrt(len(pairs))
-        text = f"{np.mean(pairs):+.4f} ± {reach:.4f}"
-        return f"**{text}**" if abs(np.mean(pairs)) > reach else text
+        return "" if arm == base else describe_difference(pairs, 4)
 
     return lay_table(runs, f"{raise_first(SHOWN[figure])} minus that of {base}, paired by seed, 95% interval", cell)
 

@@ -130,10 +130,8 @@ def main() -> None:
     wanted = parser.parse_args()
     torch.set_num_threads(wanted.threads)
     experiment = check_config(Experiment, yaml.safe_load(wanted.experiment.read_text()))
-    split, log = (
-        cut(open_split(experiment.data), experiment.rows),
-        Log(RESULTS / "experiments" / f"{wanted.experiment.stem}.jsonl"),
-    )
+    split = cut(open_split(experiment.data), experiment.rows)
+    log = Log(RESULTS / "experiments" / f"{wanted.experiment.stem}.jsonl")
     seeds = range(wanted.seeds or experiment.seeds)
     # Seed by seed, so that whatever is finished when it stops compares all arms on the same seeds.
     for seed, bits, name in itertools.product(seeds, wanted.bits or experiment.bits, wanted.arm or experiment.arms):
