@@ -38,6 +38,7 @@ SHOWN = {
     "fallback_rate": "fallback rate",
     "usage": "code entropy, share of the most",
 }
+FAR = 0.05
 YARDS = ("train_error", "held_out_error", "train_s", "encode_s")
 Runs = dict[tuple[str, int], dict[int, dict[str, Any]]]
 
@@ -68,8 +69,8 @@ def draw_experiment(path: Path) -> str:
     parts += [table(runs, name) for name in figures]
     main_figure = figures[0]
     parts += [table_differences(runs, main_figure, base) for base in BASES if any(arm == base for arm, _ in runs)]
-    draw_lines(runs, main_figure, DOCS / f"{path.stem}.svg")
-    parts.append(f"![{SHOWN[main_figure]} by bits]({path.stem}.svg)\n")
+    draw_differences(runs, main_figure, DOCS / f"{path.stem}.svg")
+    parts.append(f"![What each arm adds to two steps in {SHOWN[main_figure]}]({path.stem}.svg)\n")
     parts.append(table_tuned(runs))
     parts.append(f"## Settings\n\n```yaml\n{settings}```\n")
     write(f"{path.stem}.md", "\n".join(parts))
@@ -138,11 +139,26 @@ def describe(values: list[float]) -> str:
 
 def describe_difference(pairs: list[float], digits: int) -> str:
     """Give the mean with its 95% interval, bold where that leaves out zero; nothing of a single pair."""
-    if len(pairs) < 2:
+    if (found := difference_of(pairs)) is None:
         return ""
-    reach = stats.t.ppf(0.975, len(pairs) - 1) * np.std(pairs, ddof=1) / np.sqrt(len(pairs))
-    text = f"{np.mean(pairs):+.{digits}f} ± {reach:.{digits}f}"
-    return f"**{text}**" if abs(np.mean(pairs)) > reach else text
+    mean, reach = found
+    text = f"{mean:+.{digits}f} ± {reach:.{digits}f}"
+    return f"**{text}**" if abs(mean) > reach else text
+
+
+def difference_of(pairs: list[float]) -> tuple[float, float] | None:
+    """Give the mean of paired differences and how far its 95% interval reaches; two pairs at least."""
+    if len(pairs) < 2:
+        return None
+    return float(np.mean(pairs)), float(
+        stats.t.ppf(0.975, len(pairs) - 1) * np.std(pairs, ddof=1) / np.sqrt(len(pairs))
+    )
+
+
+def pair_up(runs: Runs, figure: str, arm: str, base: str, bits: int) -> list[float]:
+    """Give what an arm adds to another, seed by seed."""
+    mine, theirs = runs.get((arm, bits), {}), runs.get((base, bits), {})
+    return [mine[seed][figure] - theirs[seed][figure] for seed in sorted(mine.keys() & theirs.keys())]
 
 
 def read_runs(path: Path) -> tuple[Runs, set[str]]:
@@ -170,9 +186,7 @@ def table(runs: Runs, figure: str) -> str:
 
 def table_differences(runs: Runs, figure: str, base: str) -> str:
     def cell(arm: str, bits: int) -> str:
-        mine, theirs = runs.get((arm, bits), {}), runs.get((base, bits), {})
-        pairs = [mine[seed][figure] - theirs[seed][figure] for seed in sorted(mine.keys() & theirs.keys())]
-        return "" if arm == base else describe_difference(pairs, 4)
+        return "" if arm == base else describe_difference(pair_up(runs, figure, arm, base, bits), 4)
 
     return lay_table(runs, f"{raise_first(SHOWN[figure])} minus that of {base}, paired by seed, 95% interval", cell)
 
@@ -198,16 +212,24 @@ def raise_first(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def draw_lines(runs: Runs, figure: str, path: Path) -> None:
-    drawing, axes = plt.subplots(figsize=(7, 4.5))
+def draw_differences(runs: Runs, figure: str, path: Path) -> None:
+    """Draw what every arm adds to two steps, arms side by side at each number of bits; what is far off is not drawn."""
     arms, bits = list(dict.fromkeys(arm for arm, _ in runs)), sorted({bits for _, bits in runs})
-    for arm in arms:
-        cells = [[run[figure] for run in runs.get((arm, b), {}).values()] for b in bits]
-        kept = [(b, np.mean(values), np.std(values)) for b, values in zip(bits, cells, strict=True) if values]
-        axes.errorbar(*zip(*kept, strict=True), label=arm, capsize=3, marker="o", markersize=4)
-    axes.set(xlabel="bits an item", ylabel=SHOWN[figure], xticks=bits)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+    points = {(arm, b): difference_of(pair_up(runs, figure, arm, arms[0], b)) for arm in arms[1:] for b in bits}
+    kept = {key: found for key, found in points.items() if found and abs(found[0]) < FAR}
+    drawn = list(dict.fromkeys(arm for arm, _ in kept))
+    drawing, axes = plt.subplots(figsize=(9, 4.5))
+    for place, arm in enumerate(drawn):
+        at = [
+            (i + 0.8 * (place + 0.5) / len(drawn) - 0.4, *kept[arm, b]) for i, b in enumerate(bits) if (arm, b) in kept
+        ]
+        color, marker = f"C{place % 10}", "os"[place // 10 % 2]
+        axes.errorbar(*zip(*at, strict=True), label=arm, capsize=2, ls="", color=color, marker=marker, markersize=4)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="bits an item", ylabel=f"{SHOWN[figure]} minus that of {arms[0]}")
+    axes.set_xticks(range(len(bits)), [str(b) for b in bits])
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.grid(alpha=0.3, axis="y")
     with Folder(DOCS).whole(path.name) as draft:
         drawing.savefig(draft, format="svg", metadata={"Date": None}, bbox_inches="tight")
     plt.close(drawing)
