@@ -49,7 +49,7 @@ from gsl_dist.quantizers.composite import compose, measure_misfit
 POSITIVES = 10
 _CHUNK_FLOATS = 1 << 23
 _NEAR, _FAR = 31, 32
-_PACE = 1e-3
+_PACE, _MEASURED = 1e-3, 16_384
 
 
 class RankedConfig(Strict):
@@ -220,7 +220,10 @@ def score_by(codebook: Codebook, x_ND: Tensor, config: RankedConfig) -> Codebook
 
 @dataclass(frozen=True)
 class Gain:
-    """The better of two codebooks, and the recall@10 of both on rows that were not learned from."""
+    """The better of two codebooks, and the recall@10 of both on rows that were not learned from.
+
+    Where scores are to be look-ups, `before` is that of the composite codebook as it was made, before it learned.
+    """
 
     codebook: Codebook
     before: float
@@ -334,7 +337,7 @@ class _Words:
         if self.bias_MK is None:
             return asked_BD @ found_BD.T - found_BD.square().sum(1) / 2, (x_BD - found_BD).square().sum(1)
         bias_B = self.bias_MK[torch.arange(len(self.bias_MK)), self.codes_NM[rows_B]].sum(1)
-        return asked_BD @ found_BD.T + bias_B, measure_misfit(x_BD, found_BD, bias_B)
+        return asked_BD @ found_BD.T + bias_B, measure_misfit(x_BD, found_BD, bias_B, self.books_MKd)
 
     def settle(self) -> tuple[Codebook, float]:
         """Give the codebook as it now is, and the logarithm of the temperature."""
@@ -376,7 +379,7 @@ def _pick_rate(words: _Words, taught: Mined | Viewed, config: RankedConfig) -> f
     """Give how far a codeword may move in a step: the closer they fit, the more care they want."""
     if config.learning_rate is not None:
         return config.learning_rate * math.sqrt(taught.energy)
-    x_ND = rotate(taught.x_ND, words.codebook)
+    x_ND = rotate(taught.x_ND[:_MEASURED], words.codebook)
     with torch.no_grad():
         misfit_N = words.score(x_ND[:0], x_ND, torch.arange(len(x_ND)))[1]
     return _PACE * math.sqrt(float(misfit_N.mean()))

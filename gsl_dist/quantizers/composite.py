@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from gsl_dist.codebook import Codebook
-from gsl_dist.quantizers.additive import SWEEPS, add_up, revisit_choices, search_beam
+from gsl_dist.quantizers.additive import SWEEPS, add_up, revisit_choices, search_beam, search_sums
 from gsl_dist.quantizers.base import as_tensor, leave_over
 
 _BEAM = 5
 _BIAS_SWEEPS = 10
+_LEAST = 0.01
 
 
 class CompositeQuantizer:
@@ -52,7 +53,7 @@ class CompositeQuantizer:
         Shapes: x_ND (N, D) float32 -> cells (N,) int64, codes (N, M) uint8.
         """
         words = open_words(codebook.landed, x_ND)
-        codes_NM = search_beam(x_ND, words.vectors_MKD, _BEAM).codes_NLM[:, 0]
+        codes_NM = search_sums(x_ND, words.vectors_MKD, _BEAM)
         return leave_over(x_ND, codebook)[0], search_scored(x_ND, codes_NM, words, restarts=self.restarts).to(
             torch.uint8
         )
@@ -143,14 +144,22 @@ def fit_biases(codes_NM: Tensor, x_ND: Tensor, words: int) -> Tensor:
     return bias_MK.float()
 
 
-def measure_misfit(x_ND: Tensor, found_ND: Tensor, bias_N: Tensor) -> Tensor:
+def measure_misfit(x_ND: Tensor, found_ND: Tensor, bias_N: Tensor, words_MKD: Tensor) -> Tensor:
     """Give J of each row, x^ and b found.
 
-    Shapes: (N, D), (N, D), (N,) -> (N,).
+    Shapes: (N, D), (N, D), (N,), (M, K, D) -> (N,).
     """
     squared_N = x_ND.square().sum(1)
     wrong_N = (x_ND * found_ND).sum(1) + bias_N - squared_N / 2
-    return (x_ND - found_ND).square().sum(1) + wrong_N.square() / squared_N.clamp_min(1e-12)
+    return (x_ND - found_ND).square().sum(1) + wrong_N.square() / _bound_length(squared_N, words_MKD)
+
+
+def _bound_length(squared_N: Tensor, words_MKD: Tensor) -> Tensor:
+    """Give |x|^2, or a hundredth of a codeword's for rows next to nothing, whose score would be all that counts.
+
+    Shapes: (N,), (M, K, D) -> (N,).
+    """
+    return squared_N.clamp_min(max(1e-12, _LEAST * float(words_MKD.detach().square().sum(2).mean())))
 
 
 def search_scored(x_ND: Tensor, codes_NM: Tensor, words: Words, *, restarts: int) -> Tensor:
@@ -168,14 +177,15 @@ def search_scored(x_ND: Tensor, codes_NM: Tensor, words: Words, *, restarts: int
 
 def _sweep(x_ND: Tensor, codes_NM: Tensor, words: Words) -> tuple[Tensor, Tensor]:
     """Choose again in every book with the others fixed, some times over; give codes and J."""
-    codes_NM, squared_N = codes_NM.clone(), x_ND.square().sum(1).clamp_min(1e-12)
+    codes_NM, squared_N = codes_NM.clone(), x_ND.square().sum(1)
+    divisor_N = _bound_length(squared_N, words.vectors_MKD)
     found_ND, bias_N = add_up(codes_NM, words.vectors_MKD), add_up(codes_NM, words.bias_MK[..., None])[:, 0]
     moving = torch.arange(len(x_ND), device=x_ND.device)
     for _ in range(SWEEPS):
         part_NM = codes_NM[moving]
         before_NM, rest_ND = part_NM.clone(), x_ND[moving] - found_ND[moving]
         # What the score at x still lacks; each word takes its part of it.
-        along_ND, share_N = x_ND[moving], 1 / squared_N[moving]
+        along_ND, share_N = x_ND[moving], 1 / divisor_N[moving]
         lack_N = squared_N[moving] / 2 - (along_ND * found_ND[moving]).sum(1) - bias_N[moving]
         for book, (word_KD, bias_K) in enumerate(zip(words.vectors_MKD, words.bias_MK, strict=True)):
             scores_NK = torch.addmm(bias_K, along_ND, word_KD.T)
@@ -195,4 +205,4 @@ def _sweep(x_ND: Tensor, codes_NM: Tensor, words: Words) -> tuple[Tensor, Tensor
         moving = moving[(part_NM != before_NM).any(1)]
         if not len(moving):
             break
-    return codes_NM, measure_misfit(x_ND, found_ND, bias_N)
+    return codes_NM, measure_misfit(x_ND, found_ND, bias_N, words.vectors_MKD)

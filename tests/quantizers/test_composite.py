@@ -59,7 +59,7 @@ def start_codebook(start, x):
 def misfit_of(x, codes, codebook):
     words = open_words(codebook, x)
     parts = [(w[c], b[c]) for w, b, c in zip(*words, codes.T, strict=True)]
-    return measure_misfit(x, sum(w for w, _ in parts), sum(b for _, b in parts))
+    return measure_misfit(x, sum(w for w, _ in parts), sum(b for _, b in parts), words.vectors_MKD)
 
 
 @every_start
@@ -115,8 +115,15 @@ def test_codes_that_are_exact_give_exact_distances():
 def test_a_misfit_is_zero_for_a_code_that_stands_for_the_row_and_its_score():
     x = make_rows(10)
     half = -x.square().sum(1) / 2
-    assert float(measure_misfit(x, x, half).abs().max()) < 1e-5
-    torch.testing.assert_close(measure_misfit(x, x, half + 0.5), 0.25 / x.square().sum(1))
+    assert float(measure_misfit(x, x, half, x[None]).abs().max()) < 1e-5
+    torch.testing.assert_close(measure_misfit(x, x, half + 0.5, x[None]), 0.25 / x.square().sum(1))
+
+
+def test_the_misfit_of_a_row_of_zeros_is_of_the_size_of_a_codeword():
+    x = make_rows(10)
+    zero, energy = torch.zeros_like(x), float(x.square().sum(1).mean())
+    misfit = measure_misfit(zero, x, torch.full((10,), -0.05 * energy), x[None])
+    torch.testing.assert_close(misfit, x.square().sum(1) + 0.05**2 / 0.01 * energy)
 
 
 def test_the_search_ends_where_no_single_change_helps():
