@@ -37,8 +37,8 @@ The opponents, in the same place of the same loop, with the nearest decoded vect
 with N the rows of the whole batch. `forward: decoded` gives q to the loss instead of y, and the gradient comes back as
 if it had been y (straight through); it goes with every variant.
 
-All but rescale treat each block by itself. Rescale looks at the rows of this process, so that its steps, and no
-other's, depend on how many workers share a batch.
+All but surgery, which weighs the row as a whole, and rescale treat each block by itself. Rescale looks at the rows of
+this process, so that its steps, and no other's, depend on how many workers share a batch.
 
 Source: the idea is Liu and Lu, Accurate Deep Representation Quantization with Gradient Snapping Layer for Similarity
 Search, arXiv 1610.09645, of which only the abstract could be read; the formulas are this project's reading of it.

@@ -199,7 +199,7 @@ def test_ids_that_occur_twice_are_refused(world):
     [
         {"kind": "opq", "sub_vectors": 4, "rotation_iterations": 3},
         {"kind": "rq", "books": 4, "joint_iterations": 2},
-        {"kind": "lsq", "books": 4, "joint_iterations": 3, "restarts": 2, "train_restarts": 1},
+        {"kind": "lsq", "books": 4, "joint_iterations": 3, "train_restarts": 1},
     ],
     ids=lambda shape: shape["kind"],
 )

@@ -69,7 +69,7 @@ def send_back(layer, y, grad):
 
 def quantize(y, codebook):
     """Give what the nearest code of each row stands for, with a search that drops nothing."""
-    config = AdditiveConfig(kind="rq", books=codebook.sub_vectors, bits=codebook.bits, beam=16)
+    config = AdditiveConfig(kind="rq", books=codebook.sub_vectors, bits=codebook.bits)
     quantizer = make_quantizer(config, codebook.dim) if codebook.additive else open_quantizer(codebook)
     cells_N, codes = quantizer.encode(y, codebook)
     return decode(cells_N, codes, codebook).to(y.dtype)

@@ -37,7 +37,7 @@ def open_quantizer(codebook: Codebook, *, hasty: bool = False) -> Coder:
     if codebook.additive:
         config = AdditiveConfig.model_validate(shape | {"kind": codebook.kind, "books": codebook.sub_vectors})
         if hasty:
-            config = config.model_copy(update={"beam": config.train_beam, "restarts": config.train_restarts})
+            return AdditiveQuantizer(config, codebook.dim, beam=config.train_beam, restarts=config.train_restarts)
         return AdditiveQuantizer(config, codebook.dim)
     return ProductQuantizer(ProductConfig(kind="pq", sub_vectors=codebook.sub_vectors, **shape), codebook.dim)
 

@@ -37,7 +37,7 @@ from gsl_dist.quantizers.base import LloydConfig, Plan, as_tensor, decode, leave
 from gsl_dist.quantizers.cells import AUTOMATIC, CellSearch, measure_cells
 from gsl_dist.quantizers.kmeans import Stats, Touched, measure_stats, seed_centroids, update_centroids
 
-_CHUNK_FLOATS = 1 << 23
+_CHUNK_FLOATS, _CHUNK_ROWS = 1 << 23, 1 << 12
 _RIDGE = 1e-4
 _WIDEST = 64
 SWEEPS = 4
@@ -54,25 +54,27 @@ class AdditiveConfig(Strict):
     bits: int = Field(default=8, ge=1, le=8, description="log2 K, bits for each of them")
     cells: int = Field(default=1, ge=1, description="C, lists of the coarse partition")
     residual: bool = Field(default=True, description="code what the cell's centroid leaves over")
-    beam: int = Field(default=16, ge=1, le=256, description="L, sums kept while an item is encoded")
-    train_beam: int = Field(default=5, ge=1, le=256, description="the same while the books are trained")
+    train_beam: int = Field(default=5, ge=1, le=256, description="L, sums kept while the books are trained")
     joint_iterations: int | None = Field(
         default=None, ge=1, description="refits of all books at once, for a new codebook; None: 8 of rq, 25 of lsq"
     )
-    restarts: int = Field(default=16, ge=0, description="random changes that lsq tries on an item it encodes")
-    train_restarts: int = Field(default=8, ge=0, description="the same in every iteration of its training")
+    train_restarts: int = Field(
+        default=8, ge=0, description="random changes that lsq tries on an item in every iteration of its training"
+    )
 
 
 class AdditiveQuantizer:
     """Trains and applies additive codebooks of one shape.
 
     Args:
-        config: the numbers of cells, books and bits, and how codes are searched for.
+        config: the numbers of cells, books and bits, and how codes are searched for in training.
         dim: D, the length of the vectors.
+        beam: sums kept while an item is encoded.
+        restarts: random changes that `lsq` tries on it.
     """
 
-    def __init__(self, config: AdditiveConfig, dim: int) -> None:
-        self.config, self.dim = config, dim
+    def __init__(self, config: AdditiveConfig, dim: int, *, beam: int = 16, restarts: int = 16) -> None:
+        self.config, self.dim, self.beam, self.restarts = config, dim, beam, restarts
 
     @property
     def min_rows(self) -> int:
@@ -161,16 +163,23 @@ class AdditiveQuantizer:
         Shapes: x_ND (N, D) float32 -> cells (N,) int64, codes (N, M) uint8.
         """
         cells_N, rest_ND = leave_over(x_ND, codebook)
-        return cells_N, self._search(rest_ND, as_tensor(codebook.landed.books, x_ND), self.config.beam).to(torch.uint8)
+        return cells_N, self._search(rest_ND, as_tensor(codebook.landed.books, x_ND), self.beam).to(torch.uint8)
 
     def neighbours(self, rest_ND: Tensor, codebook: Codebook, k: int) -> Tensor:
         """Give the k best sums that a beam of at least the training width holds, nearest first.
 
+        The search of `lsq` goes on from the first of them, as in training, and what it finds leads.
+
         Shapes: rest_ND (N, D) -> (N, 1, k, D).
         """
-        width = min(max(k, self.config.train_beam), _WIDEST)
-        rests_NLD = search_beam(rest_ND, as_tensor(codebook.books, rest_ND), width).rests_NLD[:, :k]
-        return (rest_ND[:, None] - rests_NLD)[:, None]
+        width, books_MKD = min(max(k, self.config.train_beam), _WIDEST), as_tensor(codebook.books, rest_ND)
+        beam = search_beam(rest_ND, books_MKD, width)
+        rests_NLD = beam.rests_NLD
+        if self.config.kind == "lsq":
+            restarts = self.config.train_restarts
+            codes_NM = search_local(rest_ND, beam.codes_NLM[:, 0], books_MKD, restarts=restarts)
+            rests_NLD = _lead(rest_ND - add_up(codes_NM, books_MKD), codes_NM, beam)
+        return (rest_ND[:, None] - rests_NLD[:, :k])[:, None]
 
     def measure_distances(self, queries_QD: Tensor, cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
         """Give the squared distance of each query to each decoded item, a look-up for every book.
@@ -190,10 +199,10 @@ class AdditiveQuantizer:
         return queries_QD.square().sum(1, keepdim=True) + norms_N - 2 * found_QN
 
     def _search(self, rest_ND: Tensor, books_MKD: Tensor, beam: int) -> Tensor:
-        codes_NM = search_beam(rest_ND, books_MKD, beam).codes_NLM[:, 0]
+        codes_NM = search_sums(rest_ND, books_MKD, beam)
         if self.config.kind == "rq":
             return codes_NM
-        return search_local(rest_ND, codes_NM, books_MKD, restarts=self.config.restarts)
+        return search_local(rest_ND, codes_NM, books_MKD, restarts=self.restarts)
 
     def _search_on(self, coded: Coded, books_MKD: Tensor) -> Tensor:
         if self.config.kind == "rq" or coded.codes_NM is None:
@@ -233,6 +242,14 @@ def search_beam(z_ND: Tensor, books_MKD: Tensor, width: int) -> Beam:
     floats = width * max(books_MKD.shape[1], books_MKD.shape[2], 1) if len(books_MKD) else 1
     parts = [_search_chunk(part, books_MKD, width) for part in z_ND.split(max(1, _CHUNK_FLOATS // floats))]
     return Beam(torch.cat([part.codes_NLM for part in parts]), torch.cat([part.rests_NLD for part in parts]))
+
+
+def search_sums(z_ND: Tensor, books_MKD: Tensor, width: int) -> Tensor:
+    """Give the code of the best sum that a beam finds; what sums leave over is not kept, it is long for many rows.
+
+    Shapes: z_ND (N, D), books_MKD (M, K, D) -> (N, M) int64.
+    """
+    return torch.cat([search_beam(part, books_MKD, width).codes_NLM[:, 0] for part in z_ND.split(_CHUNK_ROWS)])
 
 
 def search_local(
@@ -419,6 +436,17 @@ def _seed_inside(rest_ND: NDArray[np.float32], words: int, rng: np.random.Genera
     """
     drawn_KD = seed_centroids(rest_ND[None], words, rng)[0]
     return (rest_ND.mean(0) + drawn_KD) / 2
+
+
+def _lead(nearest_ND: Tensor, codes_NM: Tensor, beam: Beam) -> Tensor:
+    """Put what a further search leaves before what the beam does, where it found another code and leaves less.
+
+    Shapes: nearest (N, D), codes (N, M) -> (N, L, D).
+    """
+    less_N = nearest_ND.square().sum(1) < beam.rests_NLD[:, 0].square().sum(1)
+    other_N = (codes_NM != beam.codes_NLM[:, 0]).any(1)
+    led_NLD = torch.cat([nearest_ND[:, None], beam.rests_NLD[:, :-1]], dim=1)
+    return torch.where((less_N & other_N)[:, None, None], led_NLD, beam.rests_NLD)
 
 
 def _pick(values_NLx: Tensor, from_NL: Tensor) -> Tensor:

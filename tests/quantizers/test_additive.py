@@ -8,7 +8,15 @@ import torch
 from reference import beam_in_loops, count_choices, descend_in_loops, sum_exhaustively
 
 from gsl_dist.codebook import Codebook
-from gsl_dist.quantizers import AdditiveConfig, LloydConfig, ProductConfig, decode, make_quantizer, train_codebook
+from gsl_dist.quantizers import (
+    AdditiveConfig,
+    AdditiveQuantizer,
+    LloydConfig,
+    ProductConfig,
+    decode,
+    make_quantizer,
+    train_codebook,
+)
 from gsl_dist.quantizers import additive as module
 from gsl_dist.quantizers.additive import scatter_codes, search_beam, search_local, solve_books, sum_by_choice
 
@@ -36,8 +44,8 @@ def make_codes(rows=40, books=3, words=4, *, seed=2):
     return torch.randint(0, words, (rows, books), generator=torch.Generator().manual_seed(seed))
 
 
-def make_additive(kind="rq", *, dim=8, **settings):
-    return make_quantizer(AdditiveConfig(kind=kind, **{"books": 2, "bits": 4} | settings), dim)
+def make_additive(kind="rq", *, dim=8, effort=None, **settings):
+    return AdditiveQuantizer(AdditiveConfig(kind=kind, **{"books": 2, "bits": 4} | settings), dim, **(effort or {}))
 
 
 def add_up(codes, books):
@@ -180,8 +188,8 @@ def test_more_effort_finds_better_codes(kind):
     books = make_books(books=4, words=16, dims=8, dtype=torch.float32)
     rows, codebook = make_rows(300, 8, dtype=torch.float32), codebook_of(books, kind)
 
-    def error(**settings):
-        _, codes = make_additive(kind, books=4, **settings).encode(rows, codebook)
+    def error(**effort):
+        _, codes = make_additive(kind, books=4, effort=effort).encode(rows, codebook)
         return float(measure_errors(rows, codes.long(), books).mean())
 
     assert error(beam=1, restarts=0) > error(beam=4, restarts=1) > error(beam=32, restarts=16)
@@ -194,6 +202,32 @@ def test_no_rows_have_no_codes(kind):
     cells, codes = quantizer.encode(torch.zeros(0, 5), codebook_of(books, kind))
     assert cells.shape == (0,) and codes.shape == (0, 3)
     assert quantizer.neighbours(torch.zeros(0, 5), codebook_of(books, kind), 1).shape == (0, 1, 1, 5)
+
+
+def test_what_the_search_of_lsq_finds_leads_its_neighbours():
+    books = make_books(books=4, words=16, dims=8, dtype=torch.float32)
+    rows, codebook = make_rows(300, 8, dtype=torch.float32), codebook_of(books, "lsq")
+    quantizer = make_additive("lsq", books=4, train_restarts=3, effort={"beam": 5, "restarts": 3})
+    found = decode(*quantizer.encode(rows, codebook), codebook)
+    near = quantizer.neighbours(rows, codebook, 5)[:, 0]
+    torch.testing.assert_close(near[:, 0], found)
+    by_beam = make_additive("rq", books=4).neighbours(rows, codebook_of(books, "rq"), 5)[:, 0]
+    led = (near[:, 0] != by_beam[:, 0]).any(1)
+    assert 0 < led.sum() < 300
+    torch.testing.assert_close(near[~led], by_beam[~led])
+    torch.testing.assert_close(near[led, 1:], by_beam[led, :-1])
+
+
+@every_kind
+def test_encoding_many_rows_keeps_no_more_than_codes(kind, monkeypatch):
+    books = make_books(books=3, words=16, dims=8, dtype=torch.float32)
+    rows, codebook = make_rows(300, 8, dtype=torch.float32), codebook_of(books, kind)
+    whole = make_additive(kind, books=3).encode(rows, codebook)[1]
+    held = []
+    monkeypatch.setattr(module, "_CHUNK_ROWS", 64)
+    monkeypatch.setattr(module, "search_beam", lambda z, *rest: held.append(len(z)) or search_beam(z, *rest))
+    assert torch.equal(make_additive(kind, books=3).encode(rows, codebook)[1], whole)
+    assert max(held) == 64
 
 
 # Codes to begin with
@@ -375,7 +409,7 @@ def test_every_search_of_kept_codes_goes_on_from_the_last_one_with_other_changes
 @every_kind
 @pytest.mark.parametrize(("cells", "residual"), [(1, False), (5, True), (5, False)], ids=["flat", "residual", "cells"])
 def test_the_error_is_that_of_decoded_rows_encoded_as_in_training(kind, cells, residual):
-    x, quantizer = make_clusters(400), make_additive(kind, cells=cells, residual=residual, beam=5)
+    x, quantizer = make_clusters(400), make_additive(kind, cells=cells, residual=residual, effort={"beam": 5})
     trained = train_codebook(x, quantizer, LLOYD)
     decoded = decode(*quantizer.encode(x, trained.codebook), trained.codebook)
     afresh = float((x - decoded).square().sum() / (x - x.mean(0)).square().sum())

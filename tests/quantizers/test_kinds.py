@@ -163,7 +163,7 @@ def test_the_nearest_is_what_the_code_of_a_beam_that_wide_stands_for(kind, rotat
     if kind == "pq":
         quantizer = open_quantizer(codebook)
     else:
-        quantizer = make_quantizer(AdditiveConfig(kind="rq", books=CHOICES, bits=BITS, beam=5), DIM)
+        quantizer = AdditiveQuantizer(AdditiveConfig(kind="rq", books=CHOICES, bits=BITS), DIM, beam=5)
     x = make_rows()
     cells_N, rest = leave_over(x, codebook)
     near = quantizer.neighbours(rest, codebook, 1)[:, :, 0].flatten(1)
