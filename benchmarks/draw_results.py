@@ -17,9 +17,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import yaml
+from experiment import Arm, Experiment, Run, grid, lay_over
 from record import RESULTS
 from scipy import stats
 
+from gsl_dist.config import check_config
+from gsl_dist.errors import ConfigError
 from gsl_dist.storage import Folder
 
 mpl.use("svg")
@@ -39,6 +42,11 @@ SHOWN = {
     "usage": "code entropy, share of the most",
 }
 FAR = 0.05
+CAUTION = (
+    "Mean and standard deviation over seeds; the split and its queries are the same for all. Strengths were tuned on "
+    "training rows; the base (head, loss, dropout), the same for all arms, and how codewords are taught were first "
+    "looked at on queries of one seed ([what was tried](tried.md))."
+)
 YARDS = ("train_error", "held_out_error", "train_s", "encode_s")
 Runs = dict[tuple[str, int], dict[int, dict[str, Any]]]
 
@@ -64,7 +72,7 @@ def draw_experiment(path: Path) -> str:
     runs, commits = read_runs(path)
     settings = (HERE / "experiments" / f"{path.stem}.yaml").read_text()
     title = settings.splitlines()[0].lstrip("# ")
-    parts = [f"# {title}\n", f"Commits {', '.join(sorted(commits))}. Mean and standard deviation over seeds.\n"]
+    parts = [f"# {title}\n", f"Commits {', '.join(sorted(commits))}. {CAUTION}\n"]
     figures = [name for name in SHOWN if any(name in run for cell in runs.values() for run in cell.values())]
     parts += [table(runs, name) for name in figures]
     main_figure = figures[0]
@@ -165,12 +173,25 @@ def read_runs(path: Path) -> tuple[Runs, set[str]]:
     """Give the finished runs by arm and bits, then by seed; those that only tuned are left out."""
     runs: Runs = defaultdict(dict)
     commits = set()
-    known = yaml.safe_load((HERE / "experiments" / f"{path.stem}.yaml").read_text())["arms"]
+    experiment = check_config(Experiment, yaml.safe_load((HERE / "experiments" / f"{path.stem}.yaml").read_text()))
     for run in map(json.loads, path.read_text().splitlines()):
-        if not run["tuning"] and run["arm"] in known:
+        if not run["tuning"] and is_current(run, experiment):
             runs[run["arm"], run["bits"]][run["seed"]] = run
             commits.add(run["commit"])
     return runs, commits
+
+
+def is_current(run: dict[str, Any], experiment: Experiment) -> bool:
+    """Tell whether a run is of the settings as they now are, and of a strength that its arm may take."""
+    arm = experiment.arms.get(run["arm"])
+    if arm is None:
+        return False
+    try:
+        config = check_config(Arm, run["config"])
+    except ConfigError:
+        return False
+    allowed = [lay_over(arm, values) for values in grid(arm.tune)]
+    return config in allowed and run["key"] == Run(run["arm"], run["bits"], run["seed"], config, experiment).key
 
 
 def table(runs: Runs, figure: str) -> str:
@@ -213,10 +234,10 @@ def raise_first(text: str) -> str:
 
 
 def draw_differences(runs: Runs, figure: str, path: Path) -> None:
-    """Draw what every arm adds to two steps, arms side by side at each number of bits; what is far off is not drawn."""
+    """Draw what every arm adds to two steps, side by side at each number of bits; what is far below is not drawn."""
     arms, bits = list(dict.fromkeys(arm for arm, _ in runs)), sorted({bits for _, bits in runs})
     points = {(arm, b): difference_of(pair_up(runs, figure, arm, arms[0], b)) for arm in arms[1:] for b in bits}
-    kept = {key: found for key, found in points.items() if found and abs(found[0]) < FAR}
+    kept = {key: found for key, found in points.items() if found and found[0] > -FAR}
     drawn = list(dict.fromkeys(arm for arm, _ in kept))
     drawing, axes = plt.subplots(figsize=(9, 4.5))
     for place, arm in enumerate(drawn):

