@@ -15,18 +15,21 @@ and, where s > 0, the gradient that goes on is
     rescale   g~ = (|G| / |P|) project                 G: every g of the batch; P: every project, 0 where s <= 0
     blend     g~ = (1 - beta) g + beta project         beta at most 1
     add       g~ = g - beta |g| d / |d|                all of g, and a pull beta times as large
+    spring    g~ = g - (2 weight / N) d                all of g, and a pull that grows with the distance to c*, N the
+                                                       rows of the whole batch: a quantization loss toward c*
 
 Where s <= 0 (no neighbour lies downhill), the `fallback` says what goes on: `pass` g, `zero` nothing, `widen` looks
 among all codewords (or as many sums as the widest beam holds) before it gives nothing, `orthogonal` the part of g that
-does not change the distance to the nearest codeword.
+does not change the distance to the nearest codeword. There a spring pulls to the nearest codeword, without what goes
+against g (r' below, block by block); it takes no fallback but `widen` beside that.
 
-Properties, for every variant above and every fallback:
+Properties, for every variant above and every fallback, P3 but for the spring:
 
     P1  <g, g~> >= 0: to first order, a step along -g~ never raises the similarity loss.
     P2  where s > 0, <-g~, d> > 0: a step along -g~ brings y strictly nearer to c* if it is shorter than
-        2 <-g~, d> / |g~|. Steps of project, norm, clamp and rescale stay on the line through y and c*; those of blend
-        and add are a part of -g and a part that points to c*.
-    P3  g = 0 gives g~ = 0: where the loss is satisfied, nothing is pulled.
+        2 <-g~, d> / |g~|. Steps of project, norm, clamp and rescale stay on the line through y and c*; those of blend,
+        add and spring are a part of -g and a part that points to c*.
+    P3  g = 0 gives g~ = 0: where the loss is satisfied, nothing is pulled. A spring pulls to the nearest codeword.
 
 The opponents, in the same place of the same loop, with the nearest decoded vector q and r = y - q:
 
@@ -34,8 +37,8 @@ The opponents, in the same place of the same loop, with the nearest decoded vect
     penalty   g~ = g + (2 weight / N) r                as if weight x the mean of |r|^2 were added to the loss
     surgery   g~ = g + (2 weight / N) r'               r' is r without its part against g: <g, r'> >= 0, so P1 holds
 
-with N the rows of the whole batch. `forward: decoded` gives q to the loss instead of y, and the gradient comes back as
-if it had been y (straight through); it goes with every variant.
+A spring is a penalty that knows where the descent heads. `forward: decoded` gives q to the loss instead of y, and the
+gradient comes back as if it had been y (straight through); it goes with every variant.
 
 All but surgery, which weighs the row as a whole, and rescale treat each block by itself. Rescale looks at the rows of
 this process, so that its steps, and no other's, depend on how many workers share a batch.
@@ -72,11 +75,13 @@ _ALL = 1 << 16
 class SnapConfig(Strict):
     """How gradients are bent toward codewords; `variant: none` leaves them alone."""
 
-    variant: Literal["none", "project", "norm", "clamp", "rescale", "blend", "add", "penalty", "surgery"] = "add"
+    variant: Literal["none", "project", "norm", "clamp", "rescale", "blend", "add", "spring", "penalty", "surgery"] = (
+        "add"
+    )
     neighbours: int = Field(default=4, ge=1, description="k nearest codewords to choose from in each block")
     beta: float = Field(default=0.5, ge=0, description="strength of add; share of project in blend (at most 1)")
     step: float = Field(default=1.0, gt=0, description="assumed step in y, for clamp")
-    weight: float = Field(default=0.1, ge=0, description="of the quantization loss, for penalty and surgery")
+    weight: float = Field(default=0.1, ge=0, description="of the quantization loss, for spring, penalty and surgery")
     fallback: Literal["pass", "zero", "widen", "orthogonal"] = "pass"
     forward: Literal["identity", "decoded"] = "identity"
 
@@ -84,6 +89,12 @@ class SnapConfig(Strict):
     def _blend_is_share(self) -> SnapConfig:
         if self.variant == "blend" and self.beta > 1:
             raise ValueError(f"beta ({self.beta}) is a share in blend: it must be 0 to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _spring_falls_back_by_itself(self) -> SnapConfig:
+        if self.variant == "spring" and self.fallback in ("zero", "orthogonal"):
+            raise ValueError(f"fallback ({self.fallback}) must be pass or widen with variant spring")
         return self
 
 
@@ -126,6 +137,10 @@ def snap_gradient(
         pull_NGd = torch.where(lost_NG[..., None], wide_NGd, pull_NGd)
         cosine_NG = torch.where(lost_NG, wide_NG, cosine_NG)
     aligned_NG = cosine_NG > 0
+    if config.variant == "spring":
+        beside_NGd = _drop_against(y_NGd - near_NGkd[:, :, 0], grad_NGd, (-1,))
+        away_NGd = torch.where(aligned_NG[..., None], -pull_NGd, beside_NGd)
+        return grad_NGd + 2 * config.weight / (rows or len(grad_NGd)) * away_NGd, aligned_NG
     bent_NGd = _bend(grad_NGd, pull_NGd, cosine_NG.clamp_min(0), config)
     rest_NGd = _fall_back(grad_NGd, y_NGd, near_NGkd[:, :, 0], config.fallback)
     return torch.where(aligned_NG[..., None], bent_NGd, rest_NGd), aligned_NG
@@ -157,7 +172,7 @@ class SnappingLayer(nn.Module):
 
     Args:
         config: the variant and its numbers.
-        workers: those that share a batch; only `penalty` and `surgery`, whose force is a mean over the batch, ask.
+        workers: those that share a batch; only those whose force is a mean over the batch ask.
     """
 
     def __init__(self, config: SnapConfig, *, workers: int = 1) -> None:
@@ -253,10 +268,14 @@ def _couple(
         return grad_NGd, everywhere
     rest_NGd = y_NGd - find_near(1)[:, :, 0]
     if config.variant == "surgery":
-        against_N = (rest_NGd * grad_NGd).sum((1, 2)).clamp_max(0)
-        share_N = against_N / grad_NGd.square().sum((1, 2)).clamp_min(_TINY)
-        rest_NGd = rest_NGd - share_N[:, None, None] * grad_NGd
+        rest_NGd = _drop_against(rest_NGd, grad_NGd, (1, 2))
     return grad_NGd + 2 * config.weight / rows * rest_NGd, everywhere
+
+
+def _drop_against(rest_NGd: Tensor, grad_NGd: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Give what codewords leave over without its part against the gradient, over whole rows or block by block."""
+    against = (rest_NGd * grad_NGd).sum(dims, keepdim=True).clamp_max(0)
+    return rest_NGd - against / grad_NGd.square().sum(dims, keepdim=True).clamp_min(_TINY) * grad_NGd
 
 
 def _choose_codeword(grad_NGd: Tensor, y_NGd: Tensor, near_NGkd: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,22 @@ def snap_in_loops(grad, y, books, config):
     return bent, [[d is not None for d in row] for row in pulls], pulls
 
 
+def spring_in_loops(grad, y, books, config, rows):
+    """Give the gradients that springs leave, by the formulas of `gsl_dist.snap`; lists of the same nesting."""
+
+    def block(g, x, book):
+        away = _choose_pull(g, x, book, config)
+        if away is not None:
+            away = [-a for a in away]
+        else:
+            away = min(([a - c for c, a in zip(word, x, strict=True)] for word in book), key=_length)
+            if _dot(away, g) < 0:
+                away = [a - b for a, b in zip(away, _project(away, g), strict=True)]
+        return [a + 2 * config.weight / rows * b for a, b in zip(g, away, strict=True)]
+
+    return [[block(*part) for part in zip(*row, books, strict=True)] for row in zip(grad, y, strict=True)]
+
+
 def _choose_pull(g, x, book, config):
     pulls = sorted(([c - a for c, a in zip(word, x, strict=True)] for word in book), key=_length)
     ranges = [pulls[: config.neighbours]] + [pulls] * (config.fallback == "widen")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from reference import snap_in_loops
+from reference import snap_in_loops, spring_in_loops
 
 from gsl_dist.codebook import Codebook
 from gsl_dist.quantizers import AdditiveConfig, decode, make_quantizer, open_quantizer, rotate
@@ -17,12 +17,14 @@ from gsl_dist.snap import snap_gradient as snap_near
 ON_THE_LINE = ("project", "norm", "clamp", "rescale")
 VARIANTS = (*ON_THE_LINE, "blend", "add")
 COUPLED = ("penalty", "surgery")
+FORCES = (*COUPLED, "spring")
 FALLBACKS = ("pass", "zero", "widen", "orthogonal")
 SHAPES = [
     (kind, rotated, residual) for kind in ("pq", "rq", "lsq") for rotated in (False, True) for residual in (False, True)
 ]
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_coupling = pytest.mark.parametrize("variant", COUPLED)
+every_force = pytest.mark.parametrize("variant", FORCES)
 every_fallback = pytest.mark.parametrize("fallback", FALLBACKS)
 every_shape = pytest.mark.parametrize(
     ("kind", "rotated", "residual"),
@@ -407,7 +409,56 @@ def test_surgery_takes_from_the_penalty_what_goes_against_the_gradient_and_nothi
     torch.testing.assert_close(taken, -torch.ones_like(taken))
 
 
-@every_coupling
+@every_dtype
+@pytest.mark.parametrize("fallback", ["pass", "widen"])
+@pytest.mark.parametrize("neighbours", [1, 3, 100])
+def test_a_spring_equals_the_loop(neighbours, fallback, dtype):
+    config = make_config("spring", fallback, neighbours=neighbours, weight=7.0)
+    grad, y, books = make_blocks(dtype=dtype)
+    grad[3] = 0
+    bent, aligned = snap_gradient(grad, y, books, config)
+    slow = spring_in_loops(grad.tolist(), y.tolist(), books.tolist(), config, len(y))
+    assert 0 < aligned.float().mean() < 1
+    torch.testing.assert_close(bent.double(), torch.tensor(slow, dtype=torch.float64), rtol=2e-4, atol=2e-5)
+
+
+@every_shape
+def test_a_spring_pulls_without_raising_the_loss_to_first_order(kind, rotated, residual):
+    codebook = make_shape(kind, rotated, residual)
+    y, grad = make_batch(200)
+    bent = send_back(make_layer(make_config("spring", weight=50.0), codebook), y, grad)
+    assert ((grad * bent).sum(1) >= grad.square().sum(1) * (1 - 1e-5)).all()
+    assert not torch.allclose(bent, grad, rtol=1e-2)
+
+
+def test_a_spring_gets_nearer_to_the_codeword_it_chose_by_a_force_that_grows_with_the_distance():
+    config = make_config("spring", weight=5.0)
+    grad, y, books = make_blocks(rows=60)
+    bent, _ = snap_gradient(grad, y, books, config)
+    pull, aligned = find_pulls(grad, y, books, config)
+    torch.testing.assert_close((grad - bent)[aligned], 2 * 5.0 / 60 * pull[aligned])
+    assert (-(bent * pull).sum(-1)[aligned] > 0).all()
+
+
+@every_shape
+def test_without_a_gradient_a_spring_is_the_penalty(kind, rotated, residual):
+    codebook = make_shape(kind, rotated, residual)
+    y, _ = make_batch()
+    found = [
+        send_back(make_layer(make_config(variant, weight=4.0), codebook), y, torch.zeros_like(y))
+        for variant in ("spring", "penalty")
+    ]
+    torch.testing.assert_close(*found)
+    assert found[0].any()
+
+
+@pytest.mark.parametrize("fallback", ["zero", "orthogonal"])
+def test_a_spring_refuses_fallbacks_that_it_has_no_use_for(fallback):
+    with pytest.raises(ValidationError, match=r"fallback .* must be pass or widen with variant spring"):
+        make_config("spring", fallback)
+
+
+@every_force
 def test_the_force_of_a_penalty_does_not_depend_on_how_a_batch_is_shared(variant):
     config, codebook = SnapConfig(variant=variant, weight=3.0), make_codebook()
     y, grad = make_batch()
@@ -418,7 +469,7 @@ def test_the_force_of_a_penalty_does_not_depend_on_how_a_batch_is_shared(variant
         torch.testing.assert_close(torch.cat(parts), whole)
 
 
-@every_coupling
+@every_force
 def test_without_weight_nothing_is_coupled(variant):
     y, grad = make_batch()
     assert torch.equal(send_back(make_layer(SnapConfig(variant=variant, weight=0), make_codebook()), y, grad), grad)
