@@ -104,7 +104,8 @@ def test_distances_by_look_up_are_those_of_the_score():
 
 def test_codes_that_are_exact_give_exact_distances():
     x = make_rows(16)
-    exact = Codebook(np.zeros((1, DIM)), x[None], residual=False, kind="cq", bias=-x.square().sum(1)[None] / 2)
+    bias = -x.square().sum(1)[None] / 2
+    exact = Codebook(np.zeros((1, DIM)), x[None].numpy(), residual=False, kind="cq", bias=bias.numpy())
     quantizer = open_quantizer(exact)
     cells, codes = quantizer.encode(x, exact)
     assert codes[:, 0].tolist() == list(range(16))
