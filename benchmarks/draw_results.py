@@ -77,8 +77,8 @@ def draw_experiment(path: Path) -> str:
     parts += [table(runs, name) for name in figures]
     main_figure = figures[0]
     parts += [table_differences(runs, main_figure, base) for base in BASES if any(arm == base for arm, _ in runs)]
-    draw_differences(runs, main_figure, DOCS / f"{path.stem}.svg")
-    parts.append(f"![What each arm adds to two steps in {SHOWN[main_figure]}]({path.stem}.svg)\n")
+    if draw_differences(runs, main_figure, DOCS / f"{path.stem}.svg"):
+        parts.append(f"![What each arm adds to two steps in {SHOWN[main_figure]}]({path.stem}.svg)\n")
     parts.append(table_tuned(runs))
     parts.append(f"## Settings\n\n```yaml\n{settings}```\n")
     write(f"{path.stem}.md", "\n".join(parts))
@@ -178,7 +178,8 @@ def read_runs(path: Path) -> tuple[Runs, set[str]]:
         if not run["tuning"] and is_current(run, experiment):
             runs[run["arm"], run["bits"]][run["seed"]] = run
             commits.add(run["commit"])
-    return runs, commits
+    order = list(experiment.arms)
+    return dict(sorted(runs.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))), commits
 
 
 def is_current(run: dict[str, Any], experiment: Experiment) -> bool:
@@ -233,12 +234,17 @@ def raise_first(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def draw_differences(runs: Runs, figure: str, path: Path) -> None:
-    """Draw what every arm adds to two steps, side by side at each number of bits; what is far below is not drawn."""
+def draw_differences(runs: Runs, figure: str, path: Path) -> bool:
+    """Draw what every arm adds to two steps, side by side at each number of bits; what is far below is not drawn.
+
+    Tells whether there was anything to draw: two seeds make an interval.
+    """
     arms, bits = list(dict.fromkeys(arm for arm, _ in runs)), sorted({bits for _, bits in runs})
     points = {(arm, b): difference_of(pair_up(runs, figure, arm, arms[0], b)) for arm in arms[1:] for b in bits}
     kept = {key: found for key, found in points.items() if found and found[0] > -FAR}
     drawn = list(dict.fromkeys(arm for arm, _ in kept))
+    if not drawn:
+        return False
     drawing, axes = plt.subplots(figsize=(9, 4.5))
     for place, arm in enumerate(drawn):
         at = [
@@ -254,6 +260,7 @@ def draw_differences(runs: Runs, figure: str, path: Path) -> None:
     with Folder(DOCS).whole(path.name) as draft:
         drawing.savefig(draft, format="svg", metadata={"Date": None}, bbox_inches="tight")
     plt.close(drawing)
+    return True
 
 
 def write(name: str, text: str) -> None:
