@@ -124,20 +124,26 @@ def draw_yardstick(path: Path) -> str:
     """Write the page that compares quantization errors with faiss's; give its line in the list."""
     result = json.loads(path.read_text())
     title = "The yardstick: quantization error at equal bytes on equal rows, ours and faiss's"
-    lines = [f"# {title}\n", f"`benchmarks/quantizers.py`; commit {result['commit']}; {result['seeds']} seeds,"]
+    lines = [f"# {title}\n", f"`benchmarks/quantizers.py`; commit {result['commit']}; {result['seeds']} seed(s),"]
     lines += [f"{result['threads']} thread. Relative to the variance; mean and standard deviation.\n"]
     for data, table in result["data"].items():
         lines += [
             f"## {data}: {table['rows']:,} rows trained on, {table['held_out']:,} held out, {table['dim']} dims\n"
         ]
         lines += ["| method, bytes | error, trained on | error, held out | training s | encoding s |", "|---" * 5 + "|"]
-        for method, figures in table["methods"].items():
-            errors = [f"{figures[name]['mean']:.4f} ± {figures[name]['sd']:.4f}" for name in YARDS[:2]]
+        for method, figures in sorted(table["methods"].items(), key=order_methods):
+            errors = [describe(figures[name]["values"]) for name in YARDS[:2]]
             times = [f"{figures[name]['mean']:.1f}" for name in YARDS[2:]]
             lines.append(f"| {' | '.join([method, *errors, *times])} |")
         lines.append("")
     write("quantizers.md", "\n".join(lines))
     return f"- [{title}](quantizers.md)\n"
+
+
+def order_methods(item: tuple[str, Any]) -> tuple[int, str, str]:
+    """Put those of equal bytes together, and each beside faiss's own."""
+    name, size = item[0].rsplit(" ", 1)
+    return int(size), name.removeprefix("faiss "), name
 
 
 def describe(values: list[float]) -> str:
