@@ -44,8 +44,8 @@ SHOWN = {
 FAR = 0.05
 CAUTION = (
     "Mean and standard deviation over seeds; the split and its queries are the same for all. Strengths were tuned on "
-    "training rows; the base (head, loss, dropout), the same for all arms, and how codewords are taught were first "
-    "looked at on queries of one seed ([what was tried](tried.md))."
+    "training rows; the base (head, loss, dropout), the same for all arms, how codewords are taught and how many "
+    "neighbours a spring has were first looked at on queries of one or two seeds ([what was tried](tried.md))."
 )
 YARDS = ("train_error", "held_out_error", "train_s", "encode_s")
 Runs = dict[tuple[str, int], dict[int, dict[str, Any]]]
@@ -164,9 +164,8 @@ def difference_of(pairs: list[float]) -> tuple[float, float] | None:
     """Give the mean of paired differences and how far its 95% interval reaches; two pairs at least."""
     if len(pairs) < 2:
         return None
-    return float(np.mean(pairs)), float(
-        stats.t.ppf(0.975, len(pairs) - 1) * np.std(pairs, ddof=1) / np.sqrt(len(pairs))
-    )
+    reach = stats.t.ppf(0.975, len(pairs) - 1) * np.std(pairs, ddof=1) / np.sqrt(len(pairs))
+    return float(np.mean(pairs)), float(reach)
 
 
 def pair_up(runs: Runs, figure: str, arm: str, base: str, bits: int) -> list[float]:
