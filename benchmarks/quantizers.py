@@ -188,7 +188,6 @@ METHODS: dict[str, Callable[[Rows, int, int], Code]] = {
     "pq": ours("pq"),
     "faiss pq": theirs("pq"),
     "opq": ours("opq"),
-    "opq from identity": ours("opq", start="identity"),
     "faiss opq": train_turned,
     "rq": ours("rq"),
     "faiss rq": theirs("rq"),

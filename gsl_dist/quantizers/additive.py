@@ -4,10 +4,9 @@
 it leave over, and a code keeps the best few sums at every stage. Then all books are refitted at once by least squares
 to the codes that the search finds, some times over, so that books and search suit each other.
 
-`lsq` begins with codes drawn at random and refits all books from the start. Its search revisits choices one by one with
-all others fixed (iterated conditional modes), changes a few at random and starts again, keeping the best; between
-refits the books are shaken, less and less. Which of the two ends lower depends on the vectors: `lsq` does on local
-descriptors, `rq` where few directions carry most; codes of `lsq` take longer to find.
+`lsq` begins with the same books and searches further: choices are revisited one by one with all others fixed (iterated
+conditional modes), a few are changed at random, and again, keeping the best; between refits the books are shaken, less
+and less. It fits the rows closer than `rq`, and takes longer to train and to find a code.
 
 Everything that least squares needs adds up over workers: how often each two codewords met, and the sum of the rows of
 each codeword.
@@ -39,6 +38,7 @@ from gsl_dist.quantizers.kmeans import Stats, Touched, measure_stats, seed_centr
 
 _CHUNK_FLOATS, _CHUNK_ROWS = 1 << 23, 1 << 12
 _RIDGE = 1e-4
+_HOLD = {"anneal": 10, "settle": 100, "joint": 0}
 _WIDEST = 64
 SWEEPS = 4
 
@@ -87,12 +87,11 @@ class AdditiveQuantizer:
         cells = (("cells", iterations),) if self.config.cells > 1 else ()
         if refine:
             return (*cells, ("joint", iterations))
+        stages = tuple((f"book {book}", iterations) for book in range(self.config.books))
         joint = self.config.joint_iterations
         if self.config.kind == "lsq":
-            # The last refits are to codes that a search from nothing finds, as those of the corpus will be.
-            return (*cells, ("anneal", joint or 25), ("joint", 3))
-        stages = tuple((f"book {book}", iterations) for book in range(self.config.books))
-        return (*cells, *stages, ("joint", joint or 8))
+            return (*cells, *stages, ("anneal", joint or 25), ("settle", 3))
+        return (*cells, *stages, ("settle", joint or 8))
 
     def blank(self) -> Codebook:
         """Give a codebook of the right shape, all zero."""
@@ -107,26 +106,20 @@ class AdditiveQuantizer:
     def prepare(self, x_ND: Tensor, codebook: Codebook, phase: str) -> Any:
         """Give rows (1, N, D) as the phase sees them: for a book, all that the best sums of the books before it leave.
 
-        Where all books are trained at once, give what cells leave over with the best codes so far.
+        Where all books are trained at once, give what cells leave over.
         """
         if phase == "cells":
             return rotate(x_ND, codebook)[None]
         rest_ND = leave_over(x_ND, codebook)[1]
-        if phase == "anneal":
-            return Coded(rest_ND, scatter_codes(rest_ND, codebook.sub_vectors, codebook.codewords))
-        if phase == "joint":
-            return Coded(rest_ND, None)
+        if phase in _HOLD:
+            return rest_ND[None]
         before_MKD = as_tensor(codebook.books[: _stage(phase)], x_ND)
         return search_beam(rest_ND, before_MKD, self.config.train_beam).rests_NLD.flatten(0, 1)[None]
 
     def seed(self, codebook: Codebook, phase: str, sample: Any, rng: np.random.Generator) -> Codebook:
         """Give the codebook with starting values for one phase, chosen from a prepared sample."""
-        if phase == "joint":
+        if phase in _HOLD:
             return codebook
-        if phase == "anneal":
-            # Books of zeros have nothing to search: the codes are taken as they were drawn.
-            stats = sum_by_choice(sample.rest_ND, sample.codes_NM, as_tensor(codebook.books, sample.rest_ND))
-            return replace(codebook, books=solve_books(codebook.books, stats))
         if phase == "cells":
             return replace(codebook, coarse=seed_centroids(sample.numpy(), codebook.cells, rng)[0])
         # What the best sum of each row leaves; a beam is as wide as there are sums to keep.
@@ -135,21 +128,22 @@ class AdditiveQuantizer:
         return _replace_book(codebook, phase, _seed_inside(nearest[0], codebook.codewords, rng))
 
     def assign(self, prepared: Any, codebook: Codebook, phase: str, search: CellSearch = AUTOMATIC) -> Stats | Touched:
-        """Measure what `update` needs of these rows; where codes are kept, they are searched further."""
-        if isinstance(prepared, Coded):
-            books_MKD = as_tensor(codebook.books, prepared.rest_ND)
-            prepared.codes_NM = self._search_on(prepared, books_MKD)
-            prepared.turn += 1
-            return sum_by_choice(prepared.rest_ND, prepared.codes_NM, books_MKD)
+        """Measure what `update` needs of these rows."""
+        if phase in _HOLD:
+            # From nothing every time, as the corpus will be searched: going on from the codes of the turn before, books
+            # come to suit codes that only training finds.
+            books_MKD, rest_ND = as_tensor(codebook.books, prepared), prepared[0]
+            codes_NM = self._search(rest_ND, books_MKD, self.config.train_beam, self.config.train_restarts)
+            return sum_by_choice(rest_ND, codes_NM, books_MKD)
         if phase == "cells":
             return measure_cells(prepared[0], codebook, search)
         return measure_stats(prepared, as_tensor(codebook.books[_stage(phase)], prepared)[None])
 
     def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
         """Give the codebook that the statistics of all rows call for."""
-        if phase in ("joint", "anneal"):
-            solved = solve_books(codebook.books, stats)
-            return replace(codebook, books=solved if phase == "joint" else _gather_unused(solved, stats))
+        if phase in _HOLD:
+            solved = solve_books(codebook.books, stats, _HOLD[phase])
+            return replace(codebook, books=_gather_unused(solved, stats) if phase == "anneal" else solved)
         if phase == "cells":
             return replace(codebook, coarse=update_centroids(codebook.coarse[None], stats)[0])
         book = codebook.books[_stage(phase)]
@@ -163,7 +157,8 @@ class AdditiveQuantizer:
         Shapes: x_ND (N, D) float32 -> cells (N,) int64, codes (N, M) uint8.
         """
         cells_N, rest_ND = leave_over(x_ND, codebook)
-        return cells_N, self._search(rest_ND, as_tensor(codebook.landed.books, x_ND), self.beam).to(torch.uint8)
+        codes_NM = self._search(rest_ND, as_tensor(codebook.landed.books, x_ND), self.beam, self.restarts)
+        return cells_N, codes_NM.to(torch.uint8)
 
     def neighbours(self, rest_ND: Tensor, codebook: Codebook, k: int) -> Tensor:
         """Give the k best sums that a beam of at least the training width holds, nearest first.
@@ -198,29 +193,11 @@ class AdditiveQuantizer:
             found_QN += dots_QMK[:, book, code_N]
         return queries_QD.square().sum(1, keepdim=True) + norms_N - 2 * found_QN
 
-    def _search(self, rest_ND: Tensor, books_MKD: Tensor, beam: int) -> Tensor:
+    def _search(self, rest_ND: Tensor, books_MKD: Tensor, beam: int, restarts: int) -> Tensor:
         codes_NM = search_sums(rest_ND, books_MKD, beam)
         if self.config.kind == "rq":
             return codes_NM
-        return search_local(rest_ND, codes_NM, books_MKD, restarts=self.restarts)
-
-    def _search_on(self, coded: Coded, books_MKD: Tensor) -> Tensor:
-        if self.config.kind == "rq" or coded.codes_NM is None:
-            return self._search(coded.rest_ND, books_MKD, self.config.train_beam)
-        restarts = self.config.train_restarts
-        return search_local(coded.rest_ND, coded.codes_NM, books_MKD, restarts=restarts, seed=coded.turn)
-
-
-@dataclass
-class Coded:
-    """Rows with the best codes found so far; `turn` counts the searches.
-
-    Shapes: rest_ND (N, D); codes_NM (N, M) int64, None before the first search.
-    """
-
-    rest_ND: Tensor
-    codes_NM: Tensor | None
-    turn: int = 0
+        return search_local(rest_ND, codes_NM, books_MKD, restarts=restarts)
 
 
 @dataclass(frozen=True)
@@ -302,18 +279,6 @@ def revisit_choices(
     return torch.cat([_revisit_chunk(z, codes, words, changes, sweep) for z, codes in parts])
 
 
-def scatter_codes(z_ND: Tensor, books: int, words: int) -> Tensor:
-    """Give each row a code that looks drawn at random, but follows from the row's numbers, to the bit.
-
-    Shapes: z_ND (N, D) float32 -> (N, books) int64 below `words`.
-    """
-    bits_ND = z_ND.contiguous().view(torch.int32).long()
-    draw = torch.Generator().manual_seed(books)
-    factors_DM = torch.randint(1, 1 << 62, (z_ND.shape[1], books), generator=draw).to(z_ND.device) | 1
-    mixed_NM = torch.stack([(bits_ND * factors_D).sum(1) for factors_D in factors_DM.T], dim=1)
-    return (mixed_NM >> 32) % words
-
-
 def sum_by_choice(z_ND: Tensor, codes_NM: Tensor, books_MKD: Tensor) -> Stats:
     """Sum up what `solve_books` needs: rows by codeword, and how often each two codewords met.
 
@@ -336,11 +301,12 @@ def sum_by_choice(z_ND: Tensor, codes_NM: Tensor, books_MKD: Tensor) -> Stats:
     return Stats(counts, sums.view(books, words, dims).cpu().numpy(), error, len(z_ND))
 
 
-def solve_books(books_MKD: NDArray[np.float32], stats: Stats) -> NDArray[np.float32]:
+def solve_books(books_MKD: NDArray[np.float32], stats: Stats, hold: float = 0) -> NDArray[np.float32]:
     """Give the books that leave the least squared error with the codes that were counted.
 
     Codewords that nothing chose stay where they are. A little ridge holds what least squares leaves open: a constant
-    may move from one book to another.
+    may move from one book to another. With `hold`, a ridge of so many times the square of M K / N keeps the books near
+    those they were: where rows are few for so many codewords, least squares fits the rows and not what is to come.
 
     Shapes: books_MKD (M, K, D) -> (M, K, D) float32.
     """
@@ -349,7 +315,8 @@ def solve_books(books_MKD: NDArray[np.float32], stats: Stats) -> NDArray[np.floa
     met = torch.tensor(stats.counts_GK, dtype=torch.float64)
     old = torch.tensor(books_MKD.reshape(-1, dims), dtype=torch.float64)
     wanted = torch.tensor(stats.sums_GKd.reshape(-1, dims)) - met @ old
-    met.diagonal().add_(_RIDGE * stats.rows / words + 1e-9)
+    ridge = _RIDGE + hold * (books * words / stats.rows) ** 2
+    met.diagonal().add_(ridge * stats.rows / words + 1e-9)
     change = torch.cholesky_solve(wanted, torch.linalg.cholesky(met))
     solved: NDArray[np.float32] = (old + change).view(books, words, dims).float().numpy()
     return solved

@@ -29,7 +29,7 @@ from gsl_dist.quantizers.base import LloydConfig, Quantizer
 from gsl_dist.quantizers.kmeans import MANY, Stats, add_stats, revive_dead
 
 _SEEDS_PER_CENTROID, _SEEDS_OF_MANY, _MIN_SEEDS, _MOST_CODEWORDS = 32, 2, 4096, 256
-_SUM_ROWS = 1 << 16
+_SUM_ROWS, _SHAKE = 1 << 16, 0.3
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,12 @@ def shake_books(codebook: Codebook, left: float, rng: np.random.Generator) -> Co
     """Move codewords at random, by less and less as the iterations that are `left` go from 1 to 0.
 
     With M books that add up to rows of a deviation s, codewords deviate by s / sqrt(M); noise of s / M is theirs over
-    sqrt(M) again.
+    sqrt(M) again. Books that begin as those of residual quantization are shaken by `_SHAKE` of it: by all of it, they
+    lost what they began with.
 
     Source: Martinez et al., LSQ++, ECCV 2018 (SR-D); the scale from the codewords themselves is ours.
     """
-    deviation_D = codebook.books.std(axis=(0, 1)) * np.sqrt(left / codebook.sub_vectors)
+    deviation_D = _SHAKE * codebook.books.std(axis=(0, 1)) * np.sqrt(left / codebook.sub_vectors)
     noise = rng.standard_normal(codebook.books.shape, dtype=np.float32) * deviation_D
     return replace(codebook, books=codebook.books + noise)
 

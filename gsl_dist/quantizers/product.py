@@ -36,6 +36,7 @@ from gsl_dist.quantizers.kmeans import (
 )
 
 _STRIDE = 1.8
+_TRIAL_ITERATIONS = 4
 
 
 class ProductConfig(Strict):
@@ -52,8 +53,9 @@ class OptimizedConfig(ProductConfig):
     """A product quantizer behind a learned rotation."""
 
     kind: Literal["opq"] = "opq"  # type: ignore[assignment]
-    start: Literal["axes", "identity"] = Field(
-        default="axes", description="share out principal axes, or begin with dimensions as they are (raw descriptors)"
+    start: Literal["auto", "axes", "identity"] = Field(
+        default="auto",
+        description="share out principal axes, keep dimensions as they are, or whichever is nearer on a sample",
     )
     rotation_iterations: int = Field(
         default=40, ge=1, description="turns of rotation and codewords, for a new codebook"
@@ -174,8 +176,9 @@ class OptimizedProductQuantizer(ProductQuantizer):
     """Learns a rotation with the codewords.
 
     Cells come first, on vectors as they are. Then the rotation of what they leave over is begun by sharing out the
-    principal axes (`balance`), and rotation and codewords take turns (`rotation`); the cells turn with it. The books
-    then get their Lloyd's iterations in the final rotation.
+    principal axes (`balance`), unless a sample says that dimensions as they are lie nearer to codewords: those of raw
+    descriptors come in groups that belong together. Rotation and codewords take turns (`rotation`); the cells turn
+    with it. The books then get their Lloyd's iterations in the final rotation.
     """
 
     config: OptimizedConfig
@@ -184,7 +187,7 @@ class OptimizedProductQuantizer(ProductQuantizer):
         """Give the phases of training; a refined codebook keeps its rotation as the start."""
         iterations = lloyd.refresh_iterations if refine else lloyd.iterations
         turns: Plan = (("rotation", iterations if refine else self.config.rotation_iterations),)
-        if not refine and self.config.start == "axes":
+        if not refine and self.config.start != "identity":
             turns = (("balance", 1), *turns)
         return (*self._plan_cells(iterations), *turns, ("books", iterations))
 
@@ -202,9 +205,13 @@ class OptimizedProductQuantizer(ProductQuantizer):
         """Give the codebook with starting values; `books` goes on with the codewords of the `rotation` phase."""
         if phase == "cells":
             return super().seed(codebook, phase, sample, rng)
-        if phase == "rotation":
-            return super().seed(codebook, phase, self._cut(rotate(sample, codebook)), rng)
-        return codebook
+        if phase != "rotation":
+            return codebook
+        starts = [codebook]
+        if self.config.start == "auto":
+            starts.append(_turn(codebook, np.eye(self.dim, dtype=np.float32)))
+        tried = [self._try(start, sample, rng) for start in starts]
+        return min(tried, key=lambda trial: trial[1])[0]
 
     def assign(
         self, prepared: Tensor, codebook: Codebook, phase: str, search: CellSearch = AUTOMATIC
@@ -237,6 +244,18 @@ class OptimizedProductQuantizer(ProductQuantizer):
         # The codewords hold the rotation back, and it creeps: it goes further the same way, by less than twice.
         ahead_DD = _STRIDE * nearest_DD + (1 - _STRIDE) * _rotation(codebook)
         return _turn(replace(codebook, books=books), _make_orthogonal(ahead_DD))
+
+    def _try(self, start: Codebook, sample: Tensor, rng: np.random.Generator) -> tuple[Codebook, float]:
+        """Train codewords on the sample for a moment, without turning; give them and the squared error before the last.
+
+        Shapes: sample (N, D).
+        """
+        cut_MNd = self._cut(rotate(sample, start))
+        codebook = super().seed(start, "books", cut_MNd, rng)
+        for _ in range(_TRIAL_ITERATIONS):
+            stats = measure_stats(cut_MNd, as_tensor(codebook.books, cut_MNd))
+            codebook = replace(codebook, books=update_centroids(codebook.books, stats))
+        return codebook, stats.error
 
 
 def find_codewords(y_NMd: Tensor, books_MKd: Tensor, k: int) -> Tensor:

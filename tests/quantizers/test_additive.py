@@ -18,7 +18,7 @@ from gsl_dist.quantizers import (
     train_codebook,
 )
 from gsl_dist.quantizers import additive as module
-from gsl_dist.quantizers.additive import scatter_codes, search_beam, search_local, solve_books, sum_by_choice
+from gsl_dist.quantizers.additive import search_beam, search_local, solve_books, sum_by_choice
 
 every_kind = pytest.mark.parametrize("kind", ["rq", "lsq"])
 LLOYD = LloydConfig(iterations=5, refresh_iterations=3)
@@ -230,35 +230,6 @@ def test_encoding_many_rows_keeps_no_more_than_codes(kind, monkeypatch):
     assert max(held) == 64
 
 
-# Codes to begin with
-
-
-def test_scattered_codes_use_all_codewords_alike_and_books_independently():
-    codes = scatter_codes(make_rows(4000, 8, dtype=torch.float32), 3, 16)
-    assert codes.min() == 0 and codes.max() == 15 and codes.dtype == torch.int64
-    for one, other in itertools.combinations(codes.T, 2):
-        pairs = torch.bincount(16 * one + other, minlength=256)
-        # About 16 rows a pair, give or take 4.
-        assert pairs.min() > 0 and pairs.max() < 40
-
-
-@pytest.mark.parametrize("values", [2, 256], ids=["bits", "bytes"])
-def test_scattered_codes_of_whole_numbers_are_as_even(values):
-    rows = torch.randint(0, values, (4000, 24), generator=torch.Generator().manual_seed(0)).float()
-    counts = torch.bincount(scatter_codes(rows, 2, 16)[:, 1], minlength=16)
-    assert counts.min() > 150 and counts.max() < 350
-
-
-def test_a_scattered_code_follows_from_the_numbers_of_its_row_alone():
-    rows = make_rows(60, 8, dtype=torch.float32)
-    codes = scatter_codes(rows, 3, 16)
-    assert torch.equal(torch.cat([scatter_codes(part, 3, 16) for part in rows.split(7)]), codes)
-    assert torch.equal(scatter_codes(rows.T.contiguous().T, 3, 16), codes)
-    moved = rows.clone()
-    moved[:, 3] = torch.nextafter(moved[:, 3], torch.tensor(9.0))
-    assert (scatter_codes(moved, 3, 16) != codes).any(1).float().mean() > 0.9
-
-
 # Least squares
 
 
@@ -300,6 +271,34 @@ def test_codewords_that_nothing_chose_stay_where_they_were():
     assert not np.isclose(solved[:, :3], books[:, :3].numpy()).all(axis=2).any()
 
 
+@pytest.mark.parametrize("rows", [30, 400])
+def test_books_that_are_held_minimise_the_error_and_what_they_moved(rows):
+    rows_ND, codes, books = make_rows(rows), make_codes(rows), make_books()
+    held = torch.tensor(solve_books(books.numpy(), sum_by_choice(rows_ND, codes, books), 5), dtype=torch.float64)
+    # As many more rows, each a codeword moved, as make the ridge.
+    weight = (1e-4 + 5 * (3 * 4 / rows) ** 2) * rows / 4
+    chosen = torch.nn.functional.one_hot(codes, 4).flatten(1).double().numpy()
+    lines = np.concatenate([chosen, np.sqrt(weight) * np.eye(12)])
+    wanted = np.concatenate([rows_ND.numpy(), np.sqrt(weight) * books.reshape(12, 5).numpy()])
+    np.testing.assert_allclose(held.reshape(12, 5), np.linalg.lstsq(lines, wanted, rcond=None)[0], atol=1e-6)
+
+
+@every_kind
+def test_new_books_are_held_where_rows_are_few_and_refined_ones_are_not(kind):
+    codebook, quantizer = (
+        codebook_of(make_books(words=16, books=2, dims=8, dtype=torch.float32), kind),
+        make_additive(kind),
+    )
+
+    def moved(rows, phase):
+        x = make_clusters(rows)
+        stats = quantizer.assign(quantizer.prepare(x, codebook, phase), codebook, phase)
+        return np.square(quantizer.update(codebook, phase, stats).books - codebook.books).sum()
+
+    assert moved(40, "settle") < 0.2 * moved(40, "joint")
+    assert moved(8000, "settle") > 0.8 * moved(8000, "joint")
+
+
 def test_solving_again_changes_nothing():
     rows, codes, books = make_rows(400), make_codes(400), make_books()
     solved = [books.numpy().astype(np.float32)]
@@ -331,9 +330,10 @@ def test_phases_are_cells_books_and_all_together():
         return make_additive(kind, **settings).plan(LLOYD, refine=refine)
 
     stages = (("book 0", 5), ("book 1", 5))
-    assert phases("rq") == (*stages, ("joint", 8))
-    assert phases("rq", cells=4, joint_iterations=3) == (("cells", 5), *stages, ("joint", 3))
-    assert phases("lsq", cells=4) == (("cells", 5), ("anneal", 25), ("joint", 3))
+    assert phases("rq") == (*stages, ("settle", 8))
+    assert phases("rq", cells=4, joint_iterations=2) == (("cells", 5), *stages, ("settle", 2))
+    assert phases("lsq") == (*stages, ("anneal", 25), ("settle", 3))
+    assert phases("lsq", cells=4, joint_iterations=2) == (("cells", 5), *stages, ("anneal", 2), ("settle", 3))
     for kind in ("rq", "lsq"):
         assert phases(kind, refine=True, cells=4) == (("cells", 3), ("joint", 3))
 
@@ -341,7 +341,7 @@ def test_phases_are_cells_books_and_all_together():
 def test_a_phase_updates_its_own_part_of_the_codebook_alone():
     x, quantizer = make_clusters(200), make_additive(cells=3)
     codebook = train_codebook(x, quantizer, LLOYD).codebook
-    moves = {"cells": "coarse", "book 0": "first", "book 1": "second", "joint": "both"}
+    moves = {"cells": "coarse", "book 0": "first", "book 1": "second", "settle": "both", "joint": "both"}
     for phase, moved in moves.items():
         stats = quantizer.assign(quantizer.prepare(x + 1, codebook, phase), codebook, phase)
         updated = quantizer.update(codebook, phase, stats)
@@ -372,49 +372,26 @@ def test_a_book_begins_with_what_the_nearest_sum_of_every_row_leaves(stage):
     assert {row.tobytes() for row in seeded.books[stage]} == {row.tobytes() for row in half_way}
 
 
-@pytest.mark.parametrize(("tail", "most"), [(0.5, 0.29), (1.0, 0.15)])
+@pytest.mark.parametrize(("tail", "most"), [(0.5, 0.31), (1.0, 0.155)])
 def test_rows_far_out_do_not_keep_codewords_to_themselves(tail, most):
-    # Books that began on rows left .33 and .16 here; half way from the mean to rows drawn at random, .29 and .22.
+    # Books that begin on rows leave .34 and .175 here.
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 64, generator=generator) * torch.exp(tail * torch.randn(4000, 1, generator=generator))
     trained = train_codebook(x, make_additive("rq", dim=64, books=8, bits=6), LloydConfig(iterations=8))
     assert trained.relative_error < most
 
 
-def test_annealing_begins_with_books_that_fit_scattered_codes():
-    quantizer, x = make_additive("lsq", joint_iterations=1), make_clusters(300)
-    blank = quantizer.blank()
-    seeded = quantizer.seed(blank, "anneal", quantizer.prepare(x, blank, "anneal"), np.random.default_rng(0))
-    codes = scatter_codes(x, 2, 16)
-    wanted = solve_books(blank.books, sum_by_choice(x, codes, torch.tensor(blank.books)))
-    np.testing.assert_array_equal(seeded.books, wanted)
-    assert all(len({word.tobytes() for word in book}) == 16 for book in seeded.books)
-
-
-def test_every_search_of_kept_codes_goes_on_from_the_last_one_with_other_changes(monkeypatch):
-    x, quantizer = make_clusters(300), make_additive("lsq", books=4)
-    codebook, seeds = codebook_of(make_books(books=4, words=16, dims=8, dtype=torch.float32), "lsq"), []
-
-    def revisit(*args, **settings):
-        seeds.append(settings.get("seed"))
-        return search_local(*args, **settings)
-
-    monkeypatch.setattr(module, "search_local", revisit)
-    prepared = quantizer.prepare(x, codebook, "anneal")
-    errors = [quantizer.assign(prepared, codebook, "anneal").error for _ in range(4)]
-    assert seeds == [0, 1, 2, 3]
-    assert all(later <= earlier for earlier, later in itertools.pairwise(errors)) and errors[-1] < errors[0]
-
-
 @every_kind
 @pytest.mark.parametrize(("cells", "residual"), [(1, False), (5, True), (5, False)], ids=["flat", "residual", "cells"])
 def test_the_error_is_that_of_decoded_rows_encoded_as_in_training(kind, cells, residual):
-    x, quantizer = make_clusters(400), make_additive(kind, cells=cells, residual=residual, effort={"beam": 5})
+    x, quantizer = (
+        make_clusters(400),
+        make_additive(kind, cells=cells, residual=residual, effort={"beam": 5, "restarts": 8}),
+    )
     trained = train_codebook(x, quantizer, LLOYD)
     decoded = decode(*quantizer.encode(x, trained.codebook), trained.codebook)
     afresh = float((x - decoded).square().sum() / (x - x.mean(0)).square().sum())
-    # lsq keeps its codes from one refit to the next, and so has searched for longer.
-    assert trained.relative_error == pytest.approx(afresh, rel=1e-4 if kind == "rq" else 0.05)
+    assert trained.relative_error == pytest.approx(afresh, rel=1e-4)
     assert trained.codebook.residual == residual and trained.codebook.kind == kind
 
 
@@ -454,12 +431,11 @@ def test_a_book_of_as_many_codewords_as_rows_codes_them_exactly():
     assert trained.relative_error == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("rows", "books", "bits"), [(64, 1, 6), (600, 2, 6), (600, 2, 8)])
-def test_shaken_codewords_that_nothing_chooses_do_not_stray(rows, books, bits):
-    # With few rows a word, many words are not chosen; were they shaken on and on, the error would end above 0.08.
-    assert (
-        train_codebook(make_clusters(rows), make_additive("lsq", books=books, bits=bits), LLOYD).relative_error < 0.06
-    )
+@pytest.mark.parametrize(("rows", "books", "bits", "most"), [(64, 1, 6, 0.1), (600, 2, 8, 0.03)])
+def test_shaken_codewords_that_nothing_chooses_do_not_stray(rows, books, bits, most):
+    # With few rows a word, many words are not chosen; were they shaken on and on, .14 and .033 would be left.
+    trained = train_codebook(make_clusters(rows), make_additive("lsq", books=books, bits=bits), LLOYD)
+    assert trained.relative_error < most
 
 
 def test_annealing_gathers_unused_codewords_where_the_most_chosen_is():
@@ -467,10 +443,10 @@ def test_annealing_gathers_unused_codewords_where_the_most_chosen_is():
     codebook = codebook_of(make_books(books=2, words=16, dims=8, dtype=torch.float32), "lsq")
     stats = quantizer.assign(quantizer.prepare(x, codebook, "anneal"), codebook, "anneal")
     chosen = np.diagonal(stats.counts_GK).reshape(2, 16)
-    joint, shaken = (quantizer.update(codebook, phase, stats).books for phase in ("joint", "anneal"))
+    shaken, solved = quantizer.update(codebook, "anneal", stats).books, solve_books(codebook.books, stats, 10)
     assert (chosen == 0).any(axis=1).all()
     for book in range(2):
         used = chosen[book] > 0
-        np.testing.assert_array_equal(shaken[book, used], joint[book, used])
-        assert (shaken[book, ~used] == joint[book, chosen[book].argmax()]).all()
-        np.testing.assert_array_equal(joint[book, ~used], codebook.books[book, ~used])
+        np.testing.assert_array_equal(shaken[book, used], solved[book, used])
+        assert (shaken[book, ~used] == solved[book, chosen[book].argmax()]).all()
+        np.testing.assert_array_equal(solved[book, ~used], codebook.books[book, ~used])

@@ -21,7 +21,7 @@ from gsl_dist.quantizers.kmeans import update_centroids
 
 DIM, PARTS = 8, 4
 LLOYD = LloydConfig(iterations=10, refresh_iterations=4)
-every_start = pytest.mark.parametrize("start", ["axes", "identity"])
+every_start = pytest.mark.parametrize("start", ["auto", "axes", "identity"])
 
 
 def make_optimized(*, parts=PARTS, bits=3, dim=DIM, **settings):
@@ -79,7 +79,8 @@ def test_the_start_says_whether_axes_are_shared_out():
     assert phases() == (("balance", 1), ("rotation", 7), ("books", 10))
     assert phases(start="identity") == (("rotation", 7), ("books", 10))
     assert phases(cells=3) == (("cells", 10), ("balance", 1), ("rotation", 7), ("books", 10))
-    for start in ("axes", "identity"):
+    assert phases(start="axes") == phases()
+    for start in ("auto", "axes", "identity"):
         assert phases(refine=True, start=start) == (("rotation", 4), ("books", 4))
 
 
@@ -97,6 +98,24 @@ def test_a_rotation_that_begins_with_none_errs_no_more_than_plain_product_codes(
     plain = train_codebook(x, make_quantizer(ProductConfig(sub_vectors=PARTS, bits=3), DIM), LLOYD, seed=seed)
     turned = train_codebook(x, make_optimized(start="identity"), LLOYD, seed=seed)
     assert turned.relative_error <= plain.relative_error
+
+
+def make_grouped(rows=800, *, seed=0):
+    """Give rows whose parts are clusters of their own, at the corners of a square, which other axes do not show."""
+    rng = np.random.default_rng(seed)
+    corners = rng.choice([-1.0, 1.0], size=(rows, DIM))
+    return torch.tensor((corners + 0.1 * rng.normal(size=(rows, DIM))).astype(np.float32))
+
+
+@pytest.mark.parametrize(("make", "wanted"), [(make_grouped, "identity"), (make_crossed, "axes")])
+def test_the_automatic_start_is_the_one_that_lies_nearer(make, wanted):
+    x, lloyd = make(), LloydConfig(iterations=1)
+
+    def error(start):
+        return train_codebook(x, make_optimized(start=start, bits=2, rotation_iterations=1), lloyd).relative_error
+
+    other = "axes" if wanted == "identity" else "identity"
+    assert error("auto") <= 1.02 * error(wanted) < 0.5 * error(other)
 
 
 @every_start
