@@ -22,7 +22,17 @@ from gsl_dist.cluster.train import EpochBatches, TrainConfig, TrainingSet
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import check_config
 from gsl_dist.data import open_corpus
-from gsl_dist.demo import MAIN_BITS, OTHER_BITS, Demo, Held, images, score_representations, train_settings
+from gsl_dist.demo import (
+    MAIN_BITS,
+    OTHER_BITS,
+    SNAPPED,
+    TWO_STEP,
+    Demo,
+    Held,
+    images,
+    score_representations,
+    train_settings,
+)
 from gsl_dist.encoders import make_encoder
 from gsl_dist.fit import Training, embed, fit
 from gsl_dist.losses import make_loss
@@ -54,15 +64,15 @@ def run_seed(seed: int, rows: TrainingSet, held: Held) -> dict[str, Any]:
     two_step = None
     scores: dict[str, Any] = {}
     for bits in BITS:
-        key = {"seed": seed, "bits": bits, "settings": settings(seed, bits, "add").model_dump(mode="json")}
+        key = {"seed": seed, "bits": bits, "settings": settings(seed, bits, SNAPPED).model_dump(mode="json")}
         name = f"seed{seed}-bits{bits}.json"
         cache = Folder(CACHE)
         if cache.exists(name) and (kept := cache.read_json(name))["key"] == key:
             scores[str(bits)] = kept["scores"]
             continue
         if two_step is None:
-            two_step = train(settings(seed, bits, "none"), rows)
-        snapped = train(settings(seed, bits, "add"), rows)
+            two_step = train(settings(seed, bits, TWO_STEP), rows)
+        snapped = train(settings(seed, bits, SNAPPED), rows)
         scores[str(bits)] = {
             "snapped": score(snapped, snapped.codebook, held),
             "two_step": score(two_step, fit_after(two_step, bits, rows, seed), held),
@@ -72,8 +82,8 @@ def run_seed(seed: int, rows: TrainingSet, held: Held) -> dict[str, Any]:
     return scores
 
 
-def settings(seed: int, bits: int, variant: str) -> TrainConfig:
-    return check_config(TrainConfig, train_settings(Demo(Path("unused"), seed, print), bits, variant, "unused"))
+def settings(seed: int, bits: int, snap: dict[str, Any]) -> TrainConfig:
+    return check_config(TrainConfig, train_settings(Demo(Path("unused"), seed, print), bits, snap, "unused"))
 
 
 def train(config: TrainConfig, rows: TrainingSet) -> Training:
@@ -101,7 +111,7 @@ def prepare(config: TrainConfig) -> Training:
 
 
 def fit_after(training: Training, bits: int, rows: TrainingSet, seed: int) -> Codebook:
-    quantizer = make_quantizer(settings(seed, bits, "none").quantizer, training.encoder.dim)
+    quantizer = make_quantizer(settings(seed, bits, TWO_STEP).quantizer, training.encoder.dim)
     y_ND = embed(training.encoder, torch.from_numpy(rows.items))
     return train_codebook(y_ND, quantizer, LloydConfig(iterations=25), seed=seed).codebook
 
@@ -123,8 +133,8 @@ def compare(runs: list[dict[str, Any]], bits: int) -> dict[str, Any]:
 
 def measure_step(rows: TrainingSet, rounds: int = 40) -> dict[str, Any]:
     """Time a whole training step with and without snapping, turn by turn, and give the ratio."""
-    arms = {name: prepare(settings(0, MAIN_BITS, variant)) for name, variant in (("snap", "add"), ("plain", "none"))}
-    quantizer = make_quantizer(settings(0, MAIN_BITS, "add").quantizer, arms["snap"].encoder.dim)
+    arms = {name: prepare(settings(0, MAIN_BITS, snap)) for name, snap in (("snap", SNAPPED), ("plain", TWO_STEP))}
+    quantizer = make_quantizer(settings(0, MAIN_BITS, SNAPPED).quantizer, arms["snap"].encoder.dim)
     y_ND = embed(arms["snap"].encoder, torch.from_numpy(rows.items[:1024]))
     arms["snap"].snapping.set_codebook(train_codebook(y_ND, quantizer, LloydConfig(iterations=2)).codebook)
     chosen = np.arange(256)

@@ -45,6 +45,8 @@ from gsl_dist.storage import Folder
 
 MAIN_BITS, OTHER_BITS = 16, (8, 32)
 WORKERS = 2
+SNAPPED = {"variant": "spring", "weight": 1.0, "neighbours": 16}
+TWO_STEP = {"variant": "none"}
 _SHOWN, _BATCH, _TIMED = 8, 1024, 300
 _MADE = ("model", "two-step", "codebook", "codes", "index", *(f"model-{bits}" for bits in OTHER_BITS))
 
@@ -124,15 +126,15 @@ def images(part: str) -> CorpusConfig:
     return check_config(CorpusConfig, tree)
 
 
-def train_settings(demo: Demo, bits: int, variant: str, output: str) -> dict[str, Any]:
-    """Give the settings of one training; the arms differ in the variant alone."""
+def train_settings(demo: Demo, bits: int, snap: dict[str, Any], output: str) -> dict[str, Any]:
+    """Give the settings of one training; the arms differ in `snap` alone."""
     return {
         "corpus": images("train").model_dump(),
         "output": demo.place(output),
         "encoder": {"kind": "cnn", "dim": 48, "channels": [16, 32, 64]},
         "loss": {"kind": "proxy", "temperature": 0.2},
         "quantizer": {"kind": "pq", "sub_vectors": bits // 4, "bits": 4, "cells": 16, "residual": False},
-        "snap": {"variant": variant, "beta": 0.5, "neighbours": 4},
+        "snap": snap,
         "fit": {"epochs": 20, "warmup_epochs": 5, "batch_size": 256, "learning_rate": 2e-3, "seed": demo.seed},
         "resources": {"workers": WORKERS, "cpus": 1},
     }
@@ -140,7 +142,7 @@ def train_settings(demo: Demo, bits: int, variant: str, output: str) -> dict[str
 
 def make_index(demo: Demo) -> tuple[Card, Manifest]:
     """Run the stages from images to a promoted version."""
-    train = demo.settle(TrainConfig, "train", train_settings(demo, MAIN_BITS, "add", "model"))
+    train = demo.settle(TrainConfig, "train", train_settings(demo, MAIN_BITS, SNAPPED, "model"))
     with stage_clock(demo.seconds, "train"):
         model = run_train(train, demo.progress)
     own = {"source": "trained", "model": demo.place("model"), "output": demo.place("codebook")}
@@ -188,14 +190,14 @@ class Score:
 
 def score_arms(demo: Demo, held: Held) -> tuple[Card, dict[int, dict[str, Score]]]:
     """Train the controls and score both arms at every code length."""
-    settings = train_settings(demo, MAIN_BITS, "none", "two-step/model")
+    settings = train_settings(demo, MAIN_BITS, TWO_STEP, "two-step/model")
     with stage_clock(demo.seconds, "train two-step control"):
         two_step = run_train(check_config(TrainConfig, settings), demo.progress)
     scores: dict[int, dict[str, Score]] = {}
     for bits in sorted((MAIN_BITS, *OTHER_BITS)):
         model = "model" if bits == MAIN_BITS else f"model-{bits}"
         with stage_clock(demo.seconds, f"train at {bits} bits"):
-            run_train(check_config(TrainConfig, train_settings(demo, bits, "add", model)), demo.progress)
+            run_train(check_config(TrainConfig, train_settings(demo, bits, SNAPPED, model)), demo.progress)
         fitted = fit_afterwards(demo, bits)
         own = Codebook.load(Folder(demo.place(model)), "codebook.safetensors")
         scores[bits] = {
@@ -213,7 +215,7 @@ def fit_afterwards(demo: Demo, bits: int) -> Codebook:
         "source": "fitted",
         "model": demo.place("two-step/model"),
         "corpus": images("train").model_dump(),
-        "quantizer": train_settings(demo, bits, "none", "")["quantizer"],
+        "quantizer": train_settings(demo, bits, TWO_STEP, "")["quantizer"],
         "lloyd": {"iterations": 25},
         "seed": demo.seed,
         "output": output,
