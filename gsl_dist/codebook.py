@@ -4,9 +4,11 @@ A vector x is turned by the rotation R, if there is one: z = R x. It belongs to 
 centroid is nearest to z. Its code stands for z itself, or for the residual z - coarse[c], as M choices among K
 codewords each. In a product codebook (`pq`) choice m stands for the m-th of M equal parts of the vector; in an additive
 one (`rq`, `lsq`, `cq`) the vector is the sum of the M codewords. In a composite one (`cq`) each codeword also has a
-bias, its share of -|x|^2 / 2, so that scores of queries need nothing but look-ups. The fingerprint hashes every array
-and flag that decides what a code stands for; codes, shards and manifests carry it, so that a code is never read with
-another codebook than the one that wrote it.
+bias, its share of -|x|^2 / 2, so that scores of queries need nothing but look-ups. In one of lines (`vlq`) product
+codewords stand for what is left over by a point on the line to a neighbouring centroid; the list that a code lies in is
+then a region, the cell and the line, and the last number of a code is the level along the line. The fingerprint hashes
+every array and flag that decides what a code stands for; codes, shards and manifests carry it, so that a code is never
+read with another codebook than the one that wrote it.
 
 Codewords that learned to rank may lie elsewhere than those by which codes were found when they learned. The latter are
 kept as `landing`: codes of further vectors are found by them too. What a code stands for does not depend on them.
@@ -14,7 +16,8 @@ kept as `landing`: codes of further vectors are found by them too. What a code s
 This module knows nothing of how a codebook is trained.
 """
 
-# Shapes: N vectors, D dims, C cells, M choices, K codewords; d = D // M in product codebooks, D in additive ones
+# Shapes: N vectors, D dims, C cells, M choices, K codewords; d = D // M in product codebooks, D in additive ones;
+# E lines of each cell, L levels along them
 
 from __future__ import annotations
 
@@ -32,9 +35,23 @@ from safetensors.numpy import save as save_tensors
 from gsl_dist.errors import ArtefactError
 from gsl_dist.storage import Folder
 
-KINDS = ("pq", "rq", "lsq", "cq")
-_AXES = {"coarse": 2, "books": 3, "rotation": 2, "bias": 2, "landing": 3, "landing_bias": 2}
-_MEANING = ("coarse", "books", "rotation", "bias")
+KINDS = ("pq", "rq", "lsq", "cq", "vlq")
+LEVELS = 256
+"""Levels along a line: what one byte tells apart."""
+
+_ADDITIVE = ("rq", "lsq", "cq")
+_AXES = {
+    "coarse": 2,
+    "books": 3,
+    "rotation": 2,
+    "bias": 2,
+    "edges": 2,
+    "levels": 1,
+    "feet": 2,
+    "landing": 3,
+    "landing_bias": 2,
+}
+_MEANING = ("coarse", "books", "rotation", "bias", "edges", "levels", "feet")
 
 FloatArray = NDArray[np.float32]
 CodeArray = NDArray[np.uint8]
@@ -53,10 +70,14 @@ class Codebook:
             for and in what a query looks up.
         rotation: R, orthogonal; None where vectors are coded as they are.
         bias: of each codeword, of a composite codebook and no other.
+        edges: the cells that each cell's lines go to, of a codebook of lines and no other.
+        levels: how far along a line each level lies, from 0 to 1 and ascending; with `edges`.
+        feet: how far along each line its rows lie on average, which tells queries where to look; with `edges`.
         landing: the codewords by which codes are found, where these are others than `books`.
         landing_bias: their biases, in a composite codebook.
 
-    Shapes: coarse (C, D), books and landing (M, K, d), rotation (D, D), bias and landing_bias (M, K), all float32.
+    Shapes: coarse (C, D), books and landing (M, K, d), rotation (D, D), bias and landing_bias (M, K), levels (L,), all
+        float32; edges (C, E) int32, feet (C, E) float32.
     """
 
     coarse: FloatArray
@@ -65,12 +86,15 @@ class Codebook:
     kind: str = "pq"
     rotation: FloatArray | None = None
     bias: FloatArray | None = None
+    edges: NDArray[np.int32] | None = None
+    levels: FloatArray | None = None
+    feet: FloatArray | None = None
     landing: FloatArray | None = None
     landing_bias: FloatArray | None = None
 
     def __post_init__(self) -> None:
         for name, array in self.arrays().items():
-            array = np.array(array, dtype=np.float32, order="C")
+            array = np.array(array, dtype=np.int32 if name == "edges" else np.float32, order="C")
             assert array.ndim == _AXES[name], (name, array.shape)
             array.flags.writeable = False
             object.__setattr__(self, name, array)
@@ -83,11 +107,17 @@ class Codebook:
         assert (self.landing_bias is not None) == (self.landing is not None and self.bias is not None), self.kind
         assert self.landing_bias is None or self.landing_bias.shape == self.books.shape[:2], self.landing_bias.shape
         assert self.rotation is None or self.rotation.shape == (self.dim, self.dim), self.rotation.shape
+        lines = [self.edges, self.levels, self.feet]
+        assert [array is not None for array in lines] == [self.kind == "vlq"] * 3, self.kind
+        assert self.edges is None or (len(self.edges) == self.cells and self.residual), self.edges.shape
+        assert self.edges is None or 0 <= self.edges.min() <= self.edges.max() < self.cells, self.edges
+        assert self.levels is None or len(self.levels) == LEVELS, self.levels.shape
+        assert self.feet is None or self.edges is None or self.feet.shape == self.edges.shape, self.feet.shape
 
     @property
     def additive(self) -> bool:
         """Tell whether a vector is the sum of its codewords, not their concatenation."""
-        return self.kind != "pq"
+        return self.kind in _ADDITIVE
 
     @property
     def dim(self) -> int:
@@ -98,6 +128,21 @@ class Codebook:
     def cells(self) -> int:
         """Give C, the number of cells."""
         return int(self.coarse.shape[0])
+
+    @property
+    def edge_count(self) -> int:
+        """Give E, the lines of each cell; 1 where cells are not cut by lines."""
+        return 1 if self.edges is None else int(self.edges.shape[1])
+
+    @property
+    def lists(self) -> int:
+        """Give the number of lists that codes lie in: cells, or regions where lines cut them."""
+        return self.cells * self.edge_count
+
+    @property
+    def choices(self) -> int:
+        """Give the numbers that make up a code: a choice for each codeword, and the level on a line."""
+        return self.sub_vectors + (self.edges is not None)
 
     @property
     def sub_vectors(self) -> int:
@@ -117,7 +162,7 @@ class Codebook:
     @property
     def code_bits(self) -> int:
         """Give the bits of one code, the cell apart."""
-        return self.sub_vectors * self.bits
+        return self.sub_vectors * self.bits + 8 * (self.choices - self.sub_vectors)
 
     @property
     def code_bytes(self) -> int:
@@ -142,36 +187,46 @@ class Codebook:
         return digest.hexdigest()[:32]
 
     def pack(self, codes_NM: NDArray[np.integer]) -> CodeArray:
-        """Write the choices of each row one after another, lowest bit first: the layout that faiss reads.
+        """Write the choices of each row one after another, lowest bit first, as faiss reads them; then the level.
 
-        Shapes: codes_NM (N, M) integers below K -> (N, code_bytes) uint8.
+        Shapes: codes_NM (N, choices) integers -> (N, code_bytes) uint8.
         """
         if self.bits == 8:
             return np.ascontiguousarray(codes_NM, dtype=np.uint8)
+        words, level = np.split(codes_NM.astype(np.uint8), [self.sub_vectors], axis=1)
         shifts = np.arange(self.bits, dtype=np.uint8)
-        bits = (codes_NM.astype(np.uint8)[:, :, None] >> shifts) & 1
-        return np.packbits(bits.reshape(len(codes_NM), self.code_bits), axis=1, bitorder="little")
+        bits = ((words[:, :, None] >> shifts) & 1).reshape(len(words), self.sub_vectors * self.bits)
+        return np.hstack([np.packbits(bits, axis=1, bitorder="little"), level])
 
     def unpack(self, packed: CodeArray) -> CodeArray:
         """Undo `pack`.
 
-        Shapes: packed (N, code_bytes) uint8 -> (N, M) uint8.
+        Shapes: packed (N, code_bytes) uint8 -> (N, choices) uint8.
         """
         if self.bits == 8:
             return packed
-        bits = np.unpackbits(packed, axis=1, bitorder="little", count=self.code_bits)
+        words, level = np.split(packed, [self.code_bytes - (self.choices - self.sub_vectors)], axis=1)
+        bits = np.unpackbits(words, axis=1, bitorder="little", count=self.sub_vectors * self.bits)
         weights = (1 << np.arange(self.bits)).astype(np.uint8)
-        return (bits.reshape(len(packed), self.sub_vectors, self.bits) * weights).sum(axis=2, dtype=np.uint8)
+        found = (bits.reshape(len(packed), self.sub_vectors, self.bits) * weights).sum(axis=2, dtype=np.uint8)
+        return np.hstack([found, level])
 
     def decode(self, cells_N: NDArray[np.integer], codes_NM: NDArray[np.integer]) -> FloatArray:
         """Give the vectors that the codes stand for.
 
-        Shapes: cells_N (N,), codes_NM (N, M) -> (N, D) float32.
+        Shapes: cells_N (N,) lists, codes_NM (N, choices) -> (N, D) float32.
         """
-        parts = [book[codes] for book, codes in zip(self.books, codes_NM.T, strict=True)]
+        parts = [book[codes] for book, codes in zip(self.books, codes_NM.T[: self.sub_vectors], strict=True)]
         decoded = np.sum(parts, axis=0) if self.additive else np.concatenate(parts, axis=1)
-        decoded = decoded + self.coarse[cells_N] if self.residual else decoded
+        decoded = decoded + self._anchor(cells_N, codes_NM) if self.residual else decoded
         return decoded if self.rotation is None else decoded @ self.rotation
+
+    def _anchor(self, lists_N: NDArray[np.integer], codes_NM: NDArray[np.integer]) -> FloatArray:
+        """Give what residuals are residuals of: the centroid, or the point on the line."""
+        if self.edges is None or self.levels is None:
+            return self.coarse[lists_N]
+        own, other = self.coarse[lists_N // self.edge_count], self.coarse[self.edges.ravel()[lists_N]]
+        return own + self.levels[codes_NM[:, -1]][:, None] * (other - own)
 
     def rotate(self, x_ND: FloatArray) -> FloatArray:
         """Give vectors as the cells and codewords see them.

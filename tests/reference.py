@@ -282,3 +282,25 @@ def search_in_loops(queries, ids, vectors, k):
         lengths = [sum((float(a) - float(b)) ** 2 for a, b in zip(query, x, strict=True)) for x in vectors]
         rows.append(sorted(zip(lengths, map(int, ids), strict=True))[:k])
     return rows
+
+
+def place_in_loops(row, cell, coarse, edges, levels):
+    """Give the place of a row's edge among those of its cell, its level, and what its point on the line leaves over."""
+
+    def squared(one, other):
+        return sum((a - b) ** 2 for a, b in zip(one, other, strict=True))
+
+    def point(along, end):
+        return [a + along * (b - a) for a, b in zip(coarse[cell], coarse[end], strict=True)]
+
+    best = None
+    for place, end in enumerate(edges[cell]):
+        steps = [(a - c) * (b - c) for a, b, c in zip(row, coarse[end], coarse[cell], strict=True)]
+        length = squared(coarse[end], coarse[cell])
+        along = min(1.0, max(0.0, sum(steps) / length)) if length else 0.0
+        reach = squared(row, point(along, end))
+        if best is None or reach < best[0]:
+            best = (reach, place, along, end)
+    _, place, along, end = best
+    level = min(range(len(levels)), key=lambda number: abs(levels[number] - along))
+    return place, level, [a - b for a, b in zip(row, point(levels[level], end), strict=True)]

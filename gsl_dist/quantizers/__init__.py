@@ -10,15 +10,18 @@ from gsl_dist.quantizers.base import Coder, LloydConfig, Quantizer, decode, leav
 from gsl_dist.quantizers.composite import CompositeQuantizer
 from gsl_dist.quantizers.coordinate import Ask, Rows, Trained, answer, coordinate, train_codebook
 from gsl_dist.quantizers.kmeans import Stats
+from gsl_dist.quantizers.line import LineConfig, LineQuantizer
 from gsl_dist.quantizers.product import OptimizedConfig, OptimizedProductQuantizer, ProductConfig, ProductQuantizer
 
-QuantizerConfig = Annotated[ProductConfig | OptimizedConfig | AdditiveConfig, Field(discriminator="kind")]
+QuantizerConfig = Annotated[ProductConfig | OptimizedConfig | AdditiveConfig | LineConfig, Field(discriminator="kind")]
 
 
 def make_quantizer(config: QuantizerConfig, dim: int) -> Quantizer:
     """Give the quantizer that a config describes, for vectors of `dim` numbers."""
     if isinstance(config, AdditiveConfig):
         return AdditiveQuantizer(config, dim)
+    if isinstance(config, LineConfig):
+        return LineQuantizer(config, dim)
     return (
         OptimizedProductQuantizer(config, dim) if isinstance(config, OptimizedConfig) else ProductQuantizer(config, dim)
     )
@@ -39,7 +42,10 @@ def open_quantizer(codebook: Codebook, *, hasty: bool = False) -> Coder:
         if hasty:
             return AdditiveQuantizer(config, codebook.dim, beam=config.train_beam, restarts=config.train_restarts)
         return AdditiveQuantizer(config, codebook.dim)
-    return ProductQuantizer(ProductConfig(kind="pq", sub_vectors=codebook.sub_vectors, **shape), codebook.dim)
+    shape["sub_vectors"] = codebook.sub_vectors
+    if codebook.kind == "vlq":
+        return LineQuantizer(LineConfig(kind="vlq", edges=codebook.edge_count, **shape), codebook.dim)
+    return ProductQuantizer(ProductConfig(kind="pq", **shape), codebook.dim)
 
 
 __all__ = [
@@ -48,6 +54,8 @@ __all__ = [
     "Ask",
     "Coder",
     "CompositeQuantizer",
+    "LineConfig",
+    "LineQuantizer",
     "LloydConfig",
     "OptimizedConfig",
     "OptimizedProductQuantizer",

@@ -18,6 +18,7 @@ from gsl_dist.codebook import Codebook, FloatArray
 from gsl_dist.config import Strict
 from gsl_dist.quantizers.cells import AUTOMATIC, CellSearch, hold_cells
 from gsl_dist.quantizers.kmeans import Stats, Touched
+from gsl_dist.quantizers.lines import find_points, place_rows
 
 # Shapes: N vectors, D dims, M choices, Q queries; G blocks of d dims in which codewords are chosen, k neighbours
 
@@ -46,7 +47,7 @@ class Coder(Protocol):
     dim: int
 
     def encode(self, x_ND: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
-        """Give each vector its cell and its code, (N,) int64 and (N, M) uint8."""
+        """Give each vector its list and its code, (N,) int64 and (N, choices) uint8."""
 
     def neighbours(self, rest_ND: Tensor, codebook: Codebook, k: int) -> Tensor:
         """Give what the k codes nearest to each row stand for, in blocks, nearest first.
@@ -103,24 +104,32 @@ def rotate(x_ND: Tensor, codebook: Codebook) -> Tensor:
 
 
 def leave_over(x_ND: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
-    """Give each vector's cell, and what the codewords stand for: the rotated vector, or what its cell leaves of it.
+    """Give each vector's list, and what the codewords stand for: the rotated vector, or what its anchor leaves of it.
 
-    Shapes: x_ND (N, D) -> cells (N,) int64, rest (N, D).
+    The list is a cell and the anchor its centroid, or a region and the point on its line.
+
+    Shapes: x_ND (N, D) -> lists (N,) int64, rest (N, D).
     """
     z_ND = rotate(x_ND, codebook)
     cells_N = find_cells(z_ND, codebook)
+    if codebook.edges is not None:
+        placed = place_rows(z_ND, cells_N, codebook)
+        return placed.regions_N, placed.rest_ND
     return cells_N, z_ND - hold_cells(codebook, z_ND).coarse_CD[cells_N] if codebook.residual else z_ND
 
 
 def decode(cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
     """Give the vectors that codes stand for.
 
-    Shapes: cells_N (N,), codes_NM (N, M) -> (N, D) float32.
+    Shapes: cells_N (N,) lists, codes_NM (N, choices) -> (N, D) float32.
     """
     books_MKd = torch.tensor(codebook.books, device=codes_NM.device)
-    chosen_NMd = books_MKd[torch.arange(codebook.sub_vectors, device=codes_NM.device), codes_NM.long()]
+    words_NM = codes_NM[:, : codebook.sub_vectors].long()
+    chosen_NMd = books_MKd[torch.arange(codebook.sub_vectors, device=codes_NM.device), words_NM]
     decoded_ND = chosen_NMd.sum(1) if codebook.additive else chosen_NMd.flatten(1)
-    if codebook.residual:
+    if codebook.edges is not None:
+        decoded_ND = decoded_ND + find_points(cells_N, codes_NM[:, -1], codebook, decoded_ND)
+    elif codebook.residual:
         decoded_ND = decoded_ND + hold_cells(codebook, decoded_ND).coarse_CD[cells_N]
     return decoded_ND if codebook.rotation is None else decoded_ND @ as_tensor(codebook.rotation, decoded_ND)
 
