@@ -68,8 +68,11 @@ def main() -> None:
 
 
 def draw_experiment(path: Path) -> str:
-    """Write the page and the figure of one experiment; give its line in the list."""
+    """Write the page and the figure of one experiment; give its line in the list, nothing if it has yet to run."""
     runs, commits = read_runs(path)
+    if not runs:
+        print(f"{path.stem}: no run has the settings that it has now", flush=True)
+        return ""
     settings = (HERE / "experiments" / f"{path.stem}.yaml").read_text()
     title = settings.splitlines()[0].lstrip("# ")
     parts = [f"# {title}\n", f"Commits {', '.join(sorted(commits))}. {CAUTION}\n"]
