@@ -93,7 +93,7 @@ def fill_shard(index: faiss.IndexIVF, ids_N: IdArray, cells_N: IdArray, codes: C
         raise DataError("cell", int(wrong[0]), f"cells are 0 to {index.nlist - 1}")
     order = np.lexsort((ids_N, cells_N))
     cells_N, ids_N, codes = cells_N[order], ids_N[order], np.ascontiguousarray(codes[order])
-    _refuse_bad_ids(ids_N)
+    refuse_bad_ids(ids_N)
     starts = np.flatnonzero(np.r_[True, cells_N[1:] != cells_N[:-1]])
     for start, stop in zip(starts, np.r_[starts[1:], len(cells_N)], strict=True):
         index.invlists.add_entries(
@@ -251,7 +251,14 @@ def _name_kind(lists: faiss.Index) -> str:
     return kind
 
 
-def _refuse_bad_ids(ids_N: IdArray) -> None:
+def refuse_bad_ids(ids_N: IdArray) -> None:
+    """Let no id pass that is negative or occurs twice.
+
+    Raises:
+        DataError: one does.
+    """
+    if len(ids_N) == 0:
+        return
     if ids_N.min() < 0:
         raise DataError("id", int(ids_N.min()), "ids are 0 or more: faiss marks an empty place with -1")
     ordered = np.sort(ids_N)
