@@ -35,9 +35,9 @@ from gsl_dist.data import FASHION_CLASSES, Batch, CorpusConfig, fashion_folder, 
 from gsl_dist.encoders import Encoder
 from gsl_dist.evaluate import evaluate_map, quantization_error
 from gsl_dist.fit import embed
+from gsl_dist.index.lists import make_lists
 from gsl_dist.index.manifest import Manifest, open_version
 from gsl_dist.index.search import LocalSearcher, open_searcher
-from gsl_dist.index.shards import create_shard, fill_shard
 from gsl_dist.measure import measure_latency, measure_throughput
 from gsl_dist.quantizers import open_quantizer
 from gsl_dist.report import Pictures, ResultRow, write_report
@@ -235,10 +235,9 @@ def score_representations(encoder: Encoder, codebook: Codebook, held: Held) -> S
     y_ND = embed(encoder, torch.from_numpy(held.database.items))
     queries_QD = embed(encoder, torch.from_numpy(held.queries.items)).numpy()
     cells_N, codes_NM = (part.numpy() for part in open_quantizer(codebook).encode(y_ND, codebook))
-    shard = create_shard(codebook)
-    fill_shard(shard, held.database.ids, cells_N, codebook.pack(codes_NM))
-    searcher = LocalSearcher(_blank_manifest(codebook), codebook, shard, ("shard-00000",))
-    hits = searcher.search_checked(queries_QD, len(y_ND), codebook.cells)
+    lists = make_lists(codebook, held.database.ids, cells_N, codebook.pack(codes_NM))
+    searcher = LocalSearcher(_blank_manifest(codebook), codebook, lists, ("shard-00000",))
+    hits = searcher.search_checked(queries_QD, len(y_ND), codebook.lists)
     order = np.argsort(held.database.ids)
     labels = held.database.ids[order], labels_of(held.database)[order]
     ranked = evaluate_map(hits, labels_of(held.queries), labels, query_ids=held.queries.ids)

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict
 from gsl_dist.errors import BadInput
-from gsl_dist.quantizers import open_quantizer, rotate
+from gsl_dist.quantizers import find_anchors, open_quantizer, rotate
 from gsl_dist.quantizers.composite import compose, measure_misfit
 
 POSITIVES = 10
@@ -320,7 +320,6 @@ class _Words:
         self.codebook, self.cells_N, self.codes_NM = codebook, cells_N, codes_NM
         self.books_MKd = torch.tensor(codebook.books).requires_grad_()
         self.bias_MK = None if codebook.bias is None else torch.tensor(codebook.bias).requires_grad_()
-        self.coarse_CD = torch.tensor(codebook.coarse) * float(codebook.residual)
         self.temperature = torch.tensor(temperature).requires_grad_()
 
     @property
@@ -346,9 +345,13 @@ class _Words:
         return learned, float(self.temperature.detach())
 
     def _decode(self, rows_B: Tensor) -> Tensor:
-        parts = [words_Kd[code_B] for words_Kd, code_B in zip(self.books_MKd, self.codes_NM[rows_B].T, strict=True)]
+        codes_BM = self.codes_NM[rows_B]
+        choices = codes_BM.T[: len(self.books_MKd)]
+        parts = [words_Kd[code_B] for words_Kd, code_B in zip(self.books_MKd, choices, strict=True)]
         whole_BD = torch.stack(parts).sum(0) if self.codebook.additive else torch.cat(parts, dim=1)
-        return whole_BD + self.coarse_CD[self.cells_N[rows_B]]
+        if not self.codebook.residual:
+            return whole_BD
+        return whole_BD + find_anchors(self.cells_N[rows_B], codes_BM, self.codebook, whole_BD.detach())
 
 
 def _descend(

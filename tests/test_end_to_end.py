@@ -200,6 +200,7 @@ def test_ids_that_occur_twice_are_refused(world):
         {"kind": "opq", "sub_vectors": 4, "rotation_iterations": 3},
         {"kind": "rq", "books": 4, "joint_iterations": 2},
         {"kind": "lsq", "books": 4, "joint_iterations": 3, "train_restarts": 1},
+        {"kind": "vlq", "sub_vectors": 4, "edges": 3},
     ],
     ids=lambda shape: shape["kind"],
 )
@@ -217,7 +218,7 @@ def test_codes_of_every_kind_are_served_from_their_files(ray_session, tmp_path, 
     decoded = np.concatenate([codebook.decode(table.cells, codebook.unpack(table.codes)) for table in tables])
     assert np.square(decoded - vectors).sum() < 0.5 * np.square(vectors - vectors.mean(axis=0)).sum()
     queries, _ = make_clusters(5, 16, 5, seed=3)
-    distances, found = open_searcher(str(tmp_path / "index")).search(queries, 10, probes=4)
+    distances, found = open_searcher(str(tmp_path / "index")).search(queries, 10, probes=manifest.lists)
     wanted = search_in_loops(queries, ids, decoded, 10)
     np.testing.assert_allclose(distances, [[distance for distance, _ in row] for row in wanted], rtol=1e-4)
     far = {int(item): vector for item, vector in zip(ids, decoded, strict=True)}

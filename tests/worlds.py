@@ -3,6 +3,7 @@
 import numpy as np
 
 from gsl_dist.codebook import Codebook
+from gsl_dist.index.lists import make_lists, name_file
 from gsl_dist.index.manifest import (
     CODEBOOK,
     Manifest,
@@ -12,26 +13,34 @@ from gsl_dist.index.manifest import (
     publish_version,
     version_folder,
 )
-from gsl_dist.index.shards import create_shard, fill_shard, write_shard
 from gsl_dist.storage import Folder
 
 
 def make_codebook(kind="pq", *, bits=4, cells=8, residual=True, rotated=False, dim=16, choices=8, seed=0):
     """Give a codebook of random numbers, with a random rotation if `rotated`."""
     rng = np.random.default_rng(seed)
-    books = rng.normal(size=(choices, 1 << bits, dim // choices if kind == "pq" else dim))
+    books = rng.normal(size=(choices, 1 << bits, dim // choices if kind in ("pq", "vlq") else dim))
     coarse = rng.normal(size=(cells, dim)) * 3
     rotation = np.linalg.qr(rng.normal(size=(dim, dim)))[0] if rotated else None
     bias = rng.normal(size=books.shape[:2]) if kind == "cq" else None
-    return Codebook(coarse=coarse, books=books, residual=residual, kind=kind, rotation=rotation, bias=bias)
+    lines = draw_lines(cells, rng) if kind == "vlq" else {}
+    return Codebook(coarse, books, residual, kind, rotation=rotation, bias=bias, **lines)
+
+
+def draw_lines(cells, rng, *, edges=4):
+    """Give random lines between cells."""
+    ends = np.stack([rng.permutation(np.delete(np.arange(cells), cell))[:edges] for cell in range(cells)])
+    return {"edges": ends, "levels": np.linspace(0, 0.6, 256), "feet": rng.uniform(0, 0.5, ends.shape)}
 
 
 def make_rows(codebook, rows=300, *, seed=1):
     """Give rows of random codes in random cells: ids in any order, cells, packed codes."""
     rng = np.random.default_rng(seed)
     ids = rng.permutation(10 * rows)[:rows].astype(np.int64)
-    codes = codebook.pack(rng.integers(codebook.codewords, size=(rows, codebook.sub_vectors)))
-    return ids, rng.integers(codebook.cells, size=rows), codes
+    codes = rng.integers(codebook.codewords, size=(rows, codebook.sub_vectors))
+    if codebook.kind == "vlq":
+        codes = np.hstack([codes, rng.integers(256, size=(rows, 1))])
+    return ids, rng.integers(codebook.lists, size=rows), codebook.pack(codes)
 
 
 def make_index(folder, *, rows=400, dim=16, cells=8, shards=3, seed=0, version="v1", codebook=None):
@@ -46,11 +55,11 @@ def make_index(folder, *, rows=400, dim=16, cells=8, shards=3, seed=0, version="
     codebook.save(place, CODEBOOK)
     entries = []
     for rank, ids_N in enumerate(np.array_split(np.arange(rows, dtype=np.int64), shards)):
-        shard, name = create_shard(codebook), f"shard-{rank:05d}"
-        fill_shard(shard, ids_N, cells_N[ids_N], codes[ids_N])
-        with place.whole(f"{name}.faiss") as path:
-            write_shard(shard, codebook, path)
-        entries.append(ShardEntry(name=name, rows=len(ids_N), index=place.pin(f"{name}.faiss")))
+        name = f"shard-{rank:05d}"
+        file = name_file(name, codebook)
+        with place.whole(file) as path:
+            make_lists(codebook, ids_N, cells_N[ids_N], codes[ids_N]).write(path)
+        entries.append(ShardEntry(name=name, rows=len(ids_N), index=place.pin(file)))
     manifest = Manifest(
         version=version,
         created="2026-01-01T00:00:00+00:00",

@@ -131,7 +131,7 @@ async def read_question(request: Request, manifest: Manifest, limits: Limits) ->
         raise QueryError("version", version, f"{manifest.version} is the version served here", 404)
     if not isinstance(vectors, np.ndarray):
         vectors = _read_rows(vectors, manifest.dim)
-    k, probes = check_counts(fields.get("k", _DEFAULT_K), fields.get("probes"), manifest.cells)
+    k, probes = check_counts(fields.get("k", _DEFAULT_K), fields.get("probes"), manifest)
     if k * len(vectors) * HIT_BYTES > limits.body_bytes:
         most = limits.body_bytes // HIT_BYTES
         raise QueryError("k", k, f"k times the {len(vectors)} queries may be at most {most}", 413)

@@ -1,4 +1,4 @@
-"""The build stage: a task a shard turns codes into a faiss file; the manifest comes last, then the pointer.
+"""The build stage: a task a shard turns codes into a file of lists; the manifest comes last, then the pointer.
 
 Codes and cells go straight into the inverted lists, nothing is encoded again. Each finished shard leaves a note, so
 that a relaunch builds only what is missing. No other process sees the version before its manifest is there.
@@ -24,6 +24,7 @@ from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_q
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.errors import ArtefactError, ConfigError, DataError
+from gsl_dist.index.lists import make_lists, name_file
 from gsl_dist.index.manifest import (
     CODEBOOK,
     VERSION_NAME,
@@ -36,7 +37,6 @@ from gsl_dist.index.manifest import (
     publish_version,
     version_folder,
 )
-from gsl_dist.index.shards import create_shard, fill_shard, write_shard
 from gsl_dist.storage import FileEntry, Folder
 
 _SOFTWARE = ("faiss-cpu", "faiss-gpu", "torch", "ray", "numpy", "pyarrow", "gsl_dist")
@@ -96,10 +96,9 @@ def build_shard(config: BuildConfig, folder: Folder, name: str, entry: FileEntry
     source, codebook = Folder(config.codes), load_codebook(config.codebook)
     source.check(entry)
     table = read_codes(source, name, codebook)
-    shard = create_shard(codebook)
-    fill_shard(shard, table.ids, table.cells, table.codes)
-    with folder.whole(f"{name}.faiss") as path:
-        write_shard(shard, codebook, path)
+    file = name_file(name, codebook)
+    with folder.whole(file) as path:
+        make_lists(codebook, table.ids, table.cells, table.codes).write(path)
     payload = None
     if table.payload is not None:
         payload_name = f"{name.replace('shard', 'payload')}.parquet"
@@ -108,7 +107,7 @@ def build_shard(config: BuildConfig, folder: Folder, name: str, entry: FileEntry
         with folder.whole(payload_name) as path:
             pq.write_table(rows, path)
         payload = folder.pin(payload_name)
-    shard_entry = ShardEntry(name=name, rows=len(table.ids), index=folder.pin(f"{name}.faiss"), payload=payload)
+    shard_entry = ShardEntry(name=name, rows=len(table.ids), index=folder.pin(file), payload=payload)
     first, last = (int(table.ids.min()), int(table.ids.max())) if len(table.ids) else (0, -1)
     built = BuiltShard(made_by=made_by, entry=shard_entry, first_id=first, last_id=last)
     folder.write_json(f"{name}.note.json", built.model_dump(mode="json"))

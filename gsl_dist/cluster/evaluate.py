@@ -124,7 +124,7 @@ def rank_all(searcher: LocalSearcher, queries_QD: FloatArray) -> Hits:
 
     Shapes: (Q, D) -> (Q, N).
     """
-    return searcher.search_checked(queries_QD, searcher.rows, searcher.codebook.cells)
+    return searcher.search_checked(queries_QD, searcher.rows, searcher.codebook.lists)
 
 
 def read_items(codes: str, searcher: LocalSearcher) -> Items:
@@ -170,7 +170,7 @@ def _recall_by_probes(
     config: EvaluateConfig, searcher: LocalSearcher, queries_QD: FloatArray, truth: Hits
 ) -> list[dict[str, Any]]:
     rows = []
-    for probes in sorted({min(probes, searcher.codebook.cells) for probes in config.probes}):
+    for probes in sorted({min(probes, searcher.codebook.lists) for probes in config.probes}):
         found = searcher.search_checked(queries_QD, 10, probes)
         recall = recall_at(found.ids, truth.ids, 10)
         rows.append(

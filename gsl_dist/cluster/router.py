@@ -150,7 +150,7 @@ class Router:
             ShardUnavailable: no shard answered, or one did not and all are required.
         """
         matrix = check_queries(queries, self.manifest.dim)
-        k, probes = check_counts(k, probes, self.manifest.cells)
+        k, probes = check_counts(k, probes, self.manifest)
         body = pack_query(matrix, k, probes)
         answers = await asyncio.gather(*(link.ask(body, self._timeout_s) for link in self._links))
         missing = [

@@ -53,6 +53,7 @@ class Manifest(Strict):
     rotated: bool = False
     dim: int
     cells: int
+    edge_count: int = 1
     sub_vectors: int
     bits: int
     residual: bool
@@ -63,6 +64,11 @@ class Manifest(Strict):
     model: list[FileEntry] = []
     configs: dict[str, Any] = {}
     software: dict[str, str] = {}
+
+    @property
+    def lists(self) -> int:
+        """Give the number of lists that codes lie in: cells, or regions where lines cut them."""
+        return self.cells * self.edge_count
 
     @property
     def files(self) -> list[FileEntry]:
@@ -79,6 +85,7 @@ def describe_codebook(codebook: Codebook) -> dict[str, Any]:
         "rotated": codebook.rotation is not None,
         "dim": codebook.dim,
         "cells": codebook.cells,
+        "edge_count": codebook.edge_count,
         "sub_vectors": codebook.sub_vectors,
         "bits": codebook.bits,
         "residual": codebook.residual,

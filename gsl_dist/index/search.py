@@ -10,7 +10,7 @@ the call: nothing is ever set on an index that other threads may be searching.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,12 @@ from numpy.typing import ArrayLike
 from gsl_dist.codebook import Codebook, FloatArray
 from gsl_dist.errors import QueryError
 from gsl_dist.hits import Hits, merge_topk
+from gsl_dist.index.lists import Lists, join_lists, open_lists
 from gsl_dist.index.manifest import Manifest, ShardEntry, open_codebook, open_version, version_folder
-from gsl_dist.index.shards import read_distances, read_shard, turn_queries
 from gsl_dist.storage import Folder
 
 MAX_K = 16_384
 DEFAULT_PROBES = 16
-_TABLE_BYTES = 256 << 20
 
 
 def check_queries(queries: ArrayLike, dim: int) -> FloatArray:
@@ -57,8 +56,8 @@ def check_queries(queries: ArrayLike, dim: int) -> FloatArray:
     return matrix
 
 
-def check_counts(k: int, probes: int | None, cells: int) -> tuple[int, int]:
-    """Check how many neighbours and cells are asked for; `None` probes means the default for the index.
+def check_counts(k: int, probes: int | None, version: Manifest | Codebook) -> tuple[int, int]:
+    """Check how many neighbours and lists are asked for; `None` probes means the default for the version.
 
     Raises:
         QueryError: out of range.
@@ -66,9 +65,12 @@ def check_counts(k: int, probes: int | None, cells: int) -> tuple[int, int]:
     wanted = _read_count(k)
     if not 1 <= wanted <= MAX_K:
         raise QueryError("k", k, f"it must be a whole number from 1 to {MAX_K}")
-    reach = min(DEFAULT_PROBES, cells) if probes is None else _read_count(probes)
-    if not 1 <= reach <= cells:
-        raise QueryError("probes", probes, f"it must be a whole number from 1 to {cells}, the cells of this index")
+    lists, name = version.lists, "cells" if version.edge_count == 1 else "regions"
+    # As many rows as 4 regions hold lie in about one cell of an index without lines.
+    usual = DEFAULT_PROBES * max(1, version.edge_count // 4)
+    reach = min(usual, lists) if probes is None else _read_count(probes)
+    if not 1 <= reach <= lists:
+        raise QueryError("probes", probes, f"it must be a whole number from 1 to {lists}, the {name} of this index")
     return wanted, reach
 
 
@@ -82,7 +84,7 @@ def _read_count(value: Any) -> int:
 
 @dataclass(frozen=True)
 class LocalSearcher:
-    """Shards of one version, open in this process as one faiss index.
+    """Shards of one version, open in this process as one set of lists.
 
     All shards share their cells and codewords, so their lists are joined when they are opened: a query then chooses its
     cells and computes its tables once, not once a shard.
@@ -90,13 +92,13 @@ class LocalSearcher:
     Args:
         manifest: the version.
         codebook: its codebook.
-        index: the joined lists of the shards; what turns queries is not in it.
+        lists: the joined lists of the shards.
         shards: the names of the shards held here.
     """
 
     manifest: Manifest
     codebook: Codebook
-    index: faiss.IndexIVF
+    lists: Lists
     shards: tuple[str, ...]
 
     def search(self, queries: ArrayLike, k: int = 10, *, probes: int | None = None) -> Hits:
@@ -105,21 +107,19 @@ class LocalSearcher:
         Args:
             queries: vectors of the index's dimension.
             k: neighbours wanted for each.
-            probes: cells to look into; by default 16, or all if there are fewer.
+            probes: lists to look into, cells or regions; by default 16 cells, or all if there are fewer.
 
         Shapes: queries (Q, D) or (D,) -> ids (Q, k) int64, distances (Q, k) float32.
         Raises:
             QueryError: queries, k or probes are out of range.
         """
         matrix = check_queries(queries, self.codebook.dim)
-        k, probes = check_counts(k, probes, self.codebook.cells)
+        k, probes = check_counts(k, probes, self.codebook)
         return self.search_checked(matrix, k, probes)
 
     def search_checked(self, queries: FloatArray, k: int, probes: int) -> Hits:
         """Search without looking at the arguments again: for a replica behind a router that has."""
-        turned = turn_queries(queries, self.codebook)
-        answered, ids = self.index.search(turned, k, params=faiss.SearchParametersIVF(nprobe=probes))
-        distances = read_distances(answered, ids, queries, self.codebook)
+        distances, ids = self.lists.search(queries, k, probes)
         found = Hits(ids, distances, len(self.shards), len(self.manifest.shards), self.manifest.version)
         # Puts items at equal distances in the order of their ids, as merging the answers of replicas does.
         return merge_topk([found], k)
@@ -127,7 +127,7 @@ class LocalSearcher:
     @property
     def rows(self) -> int:
         """Give the number of items held here."""
-        return int(self.index.ntotal)
+        return self.lists.rows
 
 
 def open_searcher(
@@ -156,27 +156,11 @@ def open_searcher(
         known = ", ".join(shard.name for shard in manifest.shards)
         raise QueryError("shards", sorted(missing), f"version {manifest.version} has {known}", status=404)
     folder = version_folder(index, manifest.version)
-    whole = join_shards((_open_shard(folder, entry, codebook) for entry in entries), codebook)
+    whole = join_lists([_open_shard(folder, entry, codebook) for entry in entries])
     return LocalSearcher(manifest, codebook, whole, tuple(entry.name for entry in entries))
 
 
-def join_shards(shards: Iterable[faiss.IndexIVF], codebook: Codebook) -> faiss.IndexIVF:
-    """Join the lists of shards with one codebook into one index; the shards are empty afterwards.
-
-    Product codes of residuals also get faiss's table of what cells and codewords have to do with each other, where it
-    is small.
-    """
-    whole, *others = shards
-    for shard in others:
-        whole.merge_from(shard, 0)
-    table_bytes = codebook.cells * codebook.sub_vectors * codebook.codewords * 4
-    if codebook.residual and not codebook.additive and table_bytes <= _TABLE_BYTES:
-        whole.use_precomputed_table = 1
-        whole.precompute_table()
-    return whole
-
-
-def _open_shard(folder: Folder, entry: ShardEntry, codebook: Codebook) -> faiss.IndexIVF:
+def _open_shard(folder: Folder, entry: ShardEntry, codebook: Codebook) -> Lists:
     folder.check(entry.index)
     with folder.local(entry.index.name) as path:
-        return read_shard(path, codebook)
+        return open_lists(path, codebook)

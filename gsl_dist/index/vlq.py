@@ -31,6 +31,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -116,7 +117,7 @@ class LineLists:
         return self.codebook.unpack(self.codes)
 
     def search(
-        self, queries_QD: FloatArray, k: int, probes: int, *, threads: int = 1, cells: int | None = None
+        self, queries_QD: FloatArray, k: int, probes: int, *, threads: int | None = None, cells: int | None = None
     ) -> tuple[FloatArray, IdArray]:
         """Give the k nearest rows of each query in the `probes` regions that come first, nearest first.
 
@@ -124,12 +125,12 @@ class LineLists:
             queries_QD: finite.
             k: neighbours wanted.
             probes: regions to look into.
-            threads: that share the queries.
+            threads: that share the queries; as many as faiss has by default.
             cells: nearest cells whose regions are ranked; four times as many as would hold `probes` by default.
 
         Shapes: (Q, D) -> squared distances (Q, k) float32, ids (Q, k) int64, -1 where there is no further row.
         """
-        tables, codebook = self.tables, self.codebook
+        tables, codebook, threads = self.tables, self.codebook, threads or faiss.omp_get_max_threads()
         wanted = cells or -(-CELLS_SHARE * probes // codebook.edge_count)
         reach = min(max(wanted, -(-probes // codebook.edge_count)), codebook.cells)
         turned_QD = codebook.rotate(queries_QD) - tables.centre_D
@@ -149,6 +150,10 @@ class LineLists:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(work, starts))
         return distances_Qk, ids_Qk
+
+    def read(self) -> tuple[IdArray, IdArray, CodeArray]:
+        """Give all rows as ids (N,), regions (N,) and packed codes (N, code_bytes), in list order."""
+        return self.ids_N, np.repeat(np.arange(self.codebook.lists), np.diff(self.offsets_R)), self.codes
 
     def write(self, path: Path) -> None:
         """Write the lists as one file."""
@@ -229,7 +234,7 @@ def join_lists(shards: Sequence[LineLists]) -> LineLists:
     if len(shards) == 1:
         return shards[0]
     codebook = shards[0].codebook
-    regions_N = np.concatenate([np.repeat(np.arange(codebook.lists), np.diff(shard.offsets_R)) for shard in shards])
+    regions_N = np.concatenate([shard.read()[1] for shard in shards])
     ids_N, codes, squares_N = (
         np.concatenate([getattr(shard, name) for shard in shards]) for name in ("ids_N", "codes", "squares_N")
     )

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from gsl_dist.codebook import Codebook
 from gsl_dist.quantizers.additive import AdditiveConfig, AdditiveQuantizer
-from gsl_dist.quantizers.base import Coder, LloydConfig, Quantizer, decode, leave_over, rotate
+from gsl_dist.quantizers.base import Coder, LloydConfig, Quantizer, decode, find_anchors, leave_over, rotate
 from gsl_dist.quantizers.composite import CompositeQuantizer
 from gsl_dist.quantizers.coordinate import Ask, Rows, Trained, answer, coordinate, train_codebook
 from gsl_dist.quantizers.kmeans import Stats
@@ -69,6 +69,7 @@ __all__ = [
     "answer",
     "coordinate",
     "decode",
+    "find_anchors",
     "leave_over",
     "make_quantizer",
     "open_quantizer",

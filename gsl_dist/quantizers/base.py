@@ -127,11 +127,19 @@ def decode(cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
     words_NM = codes_NM[:, : codebook.sub_vectors].long()
     chosen_NMd = books_MKd[torch.arange(codebook.sub_vectors, device=codes_NM.device), words_NM]
     decoded_ND = chosen_NMd.sum(1) if codebook.additive else chosen_NMd.flatten(1)
-    if codebook.edges is not None:
-        decoded_ND = decoded_ND + find_points(cells_N, codes_NM[:, -1], codebook, decoded_ND)
-    elif codebook.residual:
-        decoded_ND = decoded_ND + hold_cells(codebook, decoded_ND).coarse_CD[cells_N]
+    if codebook.residual:
+        decoded_ND = decoded_ND + find_anchors(cells_N, codes_NM, codebook, decoded_ND)
     return decoded_ND if codebook.rotation is None else decoded_ND @ as_tensor(codebook.rotation, decoded_ND)
+
+
+def find_anchors(lists_N: Tensor, codes_NM: Tensor, codebook: Codebook, like: Tensor) -> Tensor:
+    """Give what residuals are residuals of, rotated: the centroid of the cell, or the point on the line.
+
+    Shapes: lists_N (N,), codes_NM (N, choices) -> (N, D).
+    """
+    if codebook.edges is not None:
+        return find_points(lists_N, codes_NM[:, -1], codebook, like)
+    return hold_cells(codebook, like).coarse_CD[lists_N]
 
 
 def as_tensor(array: FloatArray, like: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class LineQuantizer(ProductQuantizer):
         """
         z_ND = rotate(x_ND, codebook)
         placed = place_rows(z_ND, find_cells(z_ND, codebook), codebook)
-        codes_MN, _ = find_nearest(self._cut(placed.rest_ND), as_tensor(codebook.books, x_ND))
+        codes_MN, _ = find_nearest(self._cut(placed.rest_ND), as_tensor(codebook.landed.books, x_ND))
         return placed.regions_N, torch.cat([codes_MN, placed.levels_N[None]]).T.to(torch.uint8)
 
     def measure_distances(self, queries_QD: Tensor, cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:

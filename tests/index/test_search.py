@@ -12,7 +12,6 @@ from worlds import make_codebook, make_index, make_queries  # noqa: E402
 from gsl_dist.errors import ArtefactError, BadInput, QueryError  # noqa: E402
 from gsl_dist.hits import FAR, Hits, merge_topk  # noqa: E402
 from gsl_dist.index.search import MAX_K, open_searcher  # noqa: E402
-from gsl_dist.index.shards import read_lists  # noqa: E402
 from gsl_dist.storage import Folder  # noqa: E402
 
 KINDS = [("pq", False), ("pq", True), ("rq", False), ("lsq", False), ("rq", True)]
@@ -35,7 +34,7 @@ def open_world(folder, **settings):
 
 def decode_all(searcher):
     """Every item of a searcher: its id and the vector that its code stands for."""
-    ids, cells, codes = read_lists(searcher.index)
+    ids, cells, codes = searcher.lists.read()
     return ids, searcher.codebook.decode(cells, searcher.codebook.unpack(codes))
 
 
@@ -116,7 +115,7 @@ def test_searching_all_cells_equals_comparing_with_every_decoded_vector(searcher
 
 def test_searching_some_cells_equals_comparing_with_the_vectors_in_them(searcher):
     queries = make_queries(6)
-    ids, cells, codes = read_lists(searcher.index)
+    ids, cells, codes = searcher.lists.read()
     vectors = searcher.codebook.decode(cells, searcher.codebook.unpack(codes))
     hits = searcher.search(queries, 5, probes=2)
     for query, found in zip(queries, hits.ids, strict=True):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from meetings import drive, share_rows
 from pydantic import ValidationError
 
 from gsl_dist.codebook import LEVELS
@@ -47,6 +48,18 @@ def test_a_trained_codebook_has_lines_between_its_own_cells():
         codebook = train_codebook(x, quantizer, LLOYD, start=start).codebook
         np.testing.assert_array_equal(codebook.edges, find_edges(torch.tensor(codebook.coarse), 8))
         assert codebook.kind == "vlq" and codebook.lists == 256 and codebook.code_bytes == 3
+
+
+@pytest.mark.parametrize(
+    "bounds", [[0, 2000], [0, 700, 2000], [0, 5, 900, 905, 2000]], ids=lambda bounds: str(len(bounds) - 1)
+)
+def test_any_number_of_workers_trains_the_same_codebook(bounds):
+    x, quantizer = make_rows(), make_line()
+    alone = train_codebook(x, quantizer, LLOYD)
+    trained, _ = drive(quantizer, share_rows(x, bounds), LLOYD)
+    for name, array in alone.codebook.arrays().items():
+        np.testing.assert_allclose(trained.codebook.arrays()[name], array, atol=1e-5, err_msg=name)
+    assert trained.relative_error == pytest.approx(alone.relative_error, rel=1e-5)
 
 
 def test_levels_lie_as_rows_do_and_ascend():

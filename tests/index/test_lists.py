@@ -1,0 +1,82 @@
+"""Lists of every kind behind one door."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("faiss")
+from reference import search_in_loops
+from worlds import make_codebook, make_index, make_queries, make_rows
+
+from gsl_dist.errors import ArtefactError, QueryError
+from gsl_dist.index.lists import join_lists, make_lists, name_file, open_lists
+from gsl_dist.index.search import check_counts, open_searcher
+
+KINDS = ("pq", "rq", "lsq", "cq", "vlq")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def make_world(kind):
+    codebook = make_codebook(kind, residual=kind != "cq")
+    return codebook, *make_rows(codebook)
+
+
+@every_kind
+def test_what_was_put_in_is_there_again_in_list_order(kind):
+    codebook, ids, lists_N, codes = make_world(kind)
+    found = make_lists(codebook, ids, lists_N, codes).read()
+    order = np.lexsort((ids, lists_N))
+    for part, wanted in zip(found, (ids, lists_N, codes), strict=True):
+        np.testing.assert_array_equal(part, wanted[order])
+
+
+@every_kind
+def test_a_written_shard_answers_as_it_did(kind, tmp_path):
+    codebook, *rows = make_world(kind)
+    lists, path = make_lists(codebook, *rows), tmp_path / name_file("shard", codebook)
+    lists.write(path)
+    opened = open_lists(path, codebook)
+    assert opened.rows == lists.rows == 300 and path.suffix == (".lines" if kind == "vlq" else ".faiss")
+    for one, other in zip(lists.search(make_queries(), 9, 5), opened.search(make_queries(), 9, 5), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@every_kind
+def test_joined_shards_hold_the_rows_of_all(kind):
+    codebook, ids, lists_N, codes = make_world(kind)
+    shards = [make_lists(codebook, ids[rank::3], lists_N[rank::3], codes[rank::3]) for rank in range(3)]
+    joined = join_lists(shards)
+    assert joined.rows == 300
+    whole = make_lists(codebook, ids, lists_N, codes).search(make_queries(), 9, codebook.lists)
+    np.testing.assert_allclose(joined.search(make_queries(), 9, codebook.lists)[0], whole[0], rtol=1e-4, atol=1e-4)
+
+
+@every_kind
+def test_a_file_of_another_kind_is_refused(kind, tmp_path):
+    codebook, *rows = make_world(kind)
+    make_lists(codebook, *rows).write(tmp_path / "shard")
+    other = make_codebook("pq" if kind == "vlq" else "vlq")
+    with pytest.raises(ArtefactError, match="it is not a"):
+        open_lists(tmp_path / "shard", other)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_version_of_lines_is_searched_like_any_other(tmp_path, shards):
+    manifest = make_index(tmp_path, shards=shards, codebook=make_codebook("vlq", rotated=True))
+    searcher, queries = open_searcher(str(tmp_path)), make_queries(6)
+    ids, regions, codes = searcher.lists.read()
+    decoded = searcher.codebook.decode(regions, searcher.codebook.unpack(codes))
+    hits = searcher.search(queries, 15, probes=manifest.lists)
+    wanted = search_in_loops(queries, ids, decoded, 15)
+    np.testing.assert_allclose(hits.distances, [[distance for distance, _ in row] for row in wanted], rtol=1e-4)
+    assert np.array_equal(hits.ids, [[item for _, item in row] for row in wanted])
+    assert (hits.shards_answered, hits.shards_total, searcher.rows) == (shards, shards, 400)
+
+
+def test_probes_of_lines_are_regions_and_by_default_as_many_as_16_cells_would_hold():
+    codebook = make_codebook("vlq", cells=40)
+    assert codebook.lists == 160 and check_counts(5, None, codebook) == (5, 16)
+    assert check_counts(5, 160, codebook) == (5, 160)
+    with pytest.raises(QueryError, match="1 to 160, the regions of this index"):
+        check_counts(5, 161, codebook)
+    with pytest.raises(QueryError, match="1 to 8, the cells of this index"):
+        check_counts(5, 9, make_codebook("pq"))
