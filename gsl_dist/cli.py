@@ -165,7 +165,7 @@ def search(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="an index folder, or the URL of a service")],
     query: Annotated[Path, typer.Argument(metavar="QUERY", help=".npy or .fvecs with vectors, or an image")],
     k: Annotated[int, typer.Option("-k", help="neighbours for each query")] = 10,
-    probes: Annotated[int | None, typer.Option(help="cells to look into; by default 16")] = None,
+    probes: Annotated[int | None, typer.Option(help="cells, or regions of lines, to look into; by default 16 cells")] = None,
     version: Annotated[str | None, typer.Option(help="a version of the folder; by default the promoted one")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:

@@ -39,7 +39,7 @@ class Client:
         Args:
             queries: vectors of the index's dimension.
             k: neighbours wanted for each.
-            probes: cells to look into; by default 16, or all if there are fewer.
+            probes: lists to look into, cells or regions; by default 16 cells, or all if there are fewer.
             require_all: take no answer rather than a partial one.
 
         Shapes: queries (Q, D) or (D,) -> ids (Q, k) int64, distances (Q, k) float32.
