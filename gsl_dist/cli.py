@@ -22,7 +22,7 @@ from rich.text import Text
 
 from gsl_dist.config import Strict, load_config
 from gsl_dist.errors import BadInput, GslError
-from gsl_dist.hits import NO_ID, Hits
+from gsl_dist.hits import NO_ID, Effort, Hits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -161,11 +161,16 @@ def demo(
 
 
 @app.command()
-def search(
+def search(  # noqa: PLR0913 - the options of a command
     target: Annotated[str, typer.Argument(metavar="TARGET", help="an index folder, or the URL of a service")],
     query: Annotated[Path, typer.Argument(metavar="QUERY", help=".npy or .fvecs with vectors, or an image")],
     k: Annotated[int, typer.Option("-k", help="neighbours for each query")] = 10,
-    probes: Annotated[int | None, typer.Option(help="cells, or regions of lines, to look into; by default 16 cells")] = None,
+    probes: Annotated[
+        int | None, typer.Option(help="cells, or regions of lines, to look into; by default 16 cells")
+    ] = None,
+    refine: Annotated[
+        int | None, typer.Option(help="candidates for each hit, ranked by the vectors kept; by default 4 if they are")
+    ] = None,
     version: Annotated[str | None, typer.Option(help="a version of the folder; by default the promoted one")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -175,11 +180,8 @@ def search(
 
     Example: gsl search build/demo/index coat.png -k 5
     """
-    hits = (
-        _search_service(target, query, k, probes)
-        if "://" in target
-        else _search_folder(target, query, k, probes, version)
-    )
+    effort = Effort(k, probes, refine)
+    hits = _search_service(target, query, effort) if "://" in target else _search_folder(target, query, effort, version)
     if as_json:
         shown = {"ids": hits.ids.tolist(), "distances": hits.distances.tolist(), "version": hits.version}
         sys.stdout.write(json.dumps(shown) + "\n")
@@ -270,26 +272,27 @@ def show_figures(title: str, figures: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _search_service(url: str, query: Path, k: int, probes: int | None) -> Hits:
+def _search_service(url: str, query: Path, effort: Effort) -> Hits:
     from gsl_dist.client import Client
 
     with Client(url) as client:
-        return client.search(_read_vectors(query), k, probes)
+        return client.search(_read_vectors(query), effort.k, effort.probes, refine=effort.refine)
 
 
-def _search_folder(index: str, query: Path, k: int, probes: int | None, version: str | None) -> Hits:
+def _search_folder(index: str, query: Path, effort: Effort, version: str | None) -> Hits:
     from gsl_dist.index.search import open_searcher
 
     searcher = open_searcher(index, version)
     if _is_vectors(query):
-        return searcher.search(_read_vectors(query), k, probes=probes)
+        return searcher.search(_read_vectors(query), effort.k, probes=effort.probes, refine=effort.refine)
     from gsl_dist.cluster.evaluate import embed_queries
 
     manifest = searcher.manifest
     shape = manifest.configs.get("train", {}).get("corpus", {}).get("image")
     if shape is None or not manifest.model:
         raise BadInput("query", str(query), f"version {manifest.version} has no image encoder; give .npy or .fvecs")
-    return searcher.search(embed_queries(index, manifest, _read_image(query, shape)[None]), k, probes=probes)
+    embedded = embed_queries(index, manifest, _read_image(query, shape)[None])
+    return searcher.search(embedded, effort.k, probes=effort.probes, refine=effort.refine)
 
 
 def _is_vectors(query: Path) -> bool:

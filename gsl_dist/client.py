@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gsl_dist.errors import ConfigError, GslError, QueryError, ShardUnavailable
-from gsl_dist.hits import Hits
+from gsl_dist.hits import Effort, Hits
 from gsl_dist.wire import HITS_TYPE, QUERY_TYPE, pack_query, unpack_hits
 
 
@@ -33,13 +33,22 @@ class Client:
         self.url = url.rstrip("/")
         self._http = httpx.Client(timeout=timeout_s)
 
-    def search(self, queries: ArrayLike, k: int = 10, probes: int | None = None, *, require_all: bool = False) -> Hits:
+    def search(
+        self,
+        queries: ArrayLike,
+        k: int = 10,
+        probes: int | None = None,
+        *,
+        refine: int | None = None,
+        require_all: bool = False,
+    ) -> Hits:
         """Give the k nearest items of each query.
 
         Args:
             queries: vectors of the index's dimension.
             k: neighbours wanted for each.
             probes: lists to look into, cells or regions; by default 16 cells, or all if there are fewer.
+            refine: candidates for each hit, ranked again by the vectors kept; by default 4 where they are.
             require_all: take no answer rather than a partial one.
 
         Shapes: queries (Q, D) or (D,) -> ids (Q, k) int64, distances (Q, k) float32.
@@ -48,7 +57,7 @@ class Client:
             ShardUnavailable: no shard answered, or one did not and all are required.
             GslError: there is no service at the url, or it failed.
         """
-        body = pack_query(_as_matrix(queries), k, probes)
+        body = pack_query(_as_matrix(queries), Effort(k, probes, refine))
         path = "/v1/search?require_all=true" if require_all else "/v1/search"
         answer = self._send("POST", path, content=body, headers={"content-type": QUERY_TYPE})
         if answer.headers.get("content-type") != HITS_TYPE:

@@ -1,7 +1,8 @@
-"""What a search answers, and how answers of several shards become one.
+"""What a search is asked for and what it answers, and how answers of several shards become one.
 
-`Hits` is the one result of the local searcher, the router and the client. It says how many shards answered, so that a
-partial answer shows that it is partial.
+`Effort` is how many hits are wanted and how hard to look for them; it travels with the query. `Hits` is the one result
+of the local searcher, the router and the client. It says how many shards answered, so that a partial answer shows that
+it is partial.
 """
 
 # Shapes: Q queries, k neighbours, S answers to merge
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,20 @@ from numpy.typing import NDArray
 NO_ID = -1
 FAR = np.float32(np.finfo(np.float32).max)
 """The distance that stands beside id -1, where a query found fewer than k: the same that faiss gives."""
+
+
+class Effort(NamedTuple):
+    """How many hits a query wants, and how hard to look for them; None stands for what is usual for the version.
+
+    Args:
+        k: neighbours wanted.
+        probes: lists to look into.
+        refine: candidates for each hit, ranked again by the vectors that the version keeps; 1: codes alone.
+    """
+
+    k: int = 10
+    probes: int | None = None
+    refine: int | None = None
 
 
 @dataclass(frozen=True)

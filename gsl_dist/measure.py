@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gsl_dist.errors import GslError
+from gsl_dist.hits import Effort
 from gsl_dist.wire import QUERY_TYPE, pack_query
 
 _WARM_UP = 50
@@ -69,7 +70,7 @@ def measure_throughput(
 
 def _write_body(query: NDArray[np.float32], k: int, probes: int, binary: bool) -> bytes:
     if binary:
-        return pack_query(query[None], k, probes)
+        return pack_query(query[None], Effort(k, probes))
     return json.dumps({"vectors": [query.tolist()], "k": k, "probes": probes}).encode()
 
 

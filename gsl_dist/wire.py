@@ -4,7 +4,7 @@ A body is a fixed little-endian header (a magic word, the format's version, coun
 the header are claims: the length they imply must be the length of the body, so that no count is ever trusted. Arrays
 are read where they lie, without a copy.
 
-    query   GSLQ  version  queries  dim  k  probes        | queries x dim float32
+    query   GSLQ  version  queries  dim  k  probes  refine  | queries x dim float32
     hits    GSLH  version  name bytes  queries  k  answered  total | ids int64 | distances float32 | version name
 
 This module knows neither HTTP nor gRPC.
@@ -22,43 +22,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gsl_dist.errors import QueryError
-from gsl_dist.hits import Hits
+from gsl_dist.hits import Effort, Hits
 
 QUERY_TYPE, HITS_TYPE = "application/x-gsl-query", "application/x-gsl-hits"
-FORMAT = 1
+FORMAT = 2
 HIT_BYTES = 12
 """What one hit takes: an int64 id and a float32 distance."""
 
 # Both headers are whole multiples of eight bytes, so that the arrays behind them are aligned.
-_QUERY_HEAD = struct.Struct("<4sB3xIIII")
+_QUERY_HEAD = struct.Struct("<4sB3xIIIII4x")
 _HITS_HEAD = struct.Struct("<4sBxHIIII")
 _LARGEST = 2**32 - 1
 
 QUERY_HEAD_BYTES = _QUERY_HEAD.size
 
 
-def pack_query(queries: NDArray[np.float32], k: int, probes: int | None) -> bytes:
-    """Write queries and what is asked of them; no probes means the server's default.
+def pack_query(queries: NDArray[np.float32], effort: Effort) -> bytes:
+    """Write queries and the effort to search them with; what is left open is for the server to choose.
 
     Shapes: queries (Q, D) float32.
     Raises:
-        QueryError: k or probes is no whole number above zero.
+        QueryError: a number of the effort is no whole number above zero.
     """
-    counts = len(queries), queries.shape[1], _count("k", k), 0 if probes is None else _count("probes", probes)
+    asked = [0 if value is None else _count(name, value) for name, value in effort._asdict().items()]
+    counts = len(queries), queries.shape[1], *asked
     return _QUERY_HEAD.pack(b"GSLQ", FORMAT, *counts) + np.ascontiguousarray(queries, "<f4").tobytes()
 
 
-def unpack_query(body: bytes) -> tuple[NDArray[np.float32], int, int | None]:
-    """Read queries, k and probes; the array is a read-only view of the body.
+def unpack_query(body: bytes) -> tuple[NDArray[np.float32], Effort]:
+    """Read queries and the effort; the array is a read-only view of the body.
 
     Shapes: -> queries (Q, D) float32.
     Raises:
         QueryError: another format, or a length that its header does not account for.
     """
-    rows, dim, k, probes = _read_head(_QUERY_HEAD, b"GSLQ", body)
+    rows, dim, k, probes, refine = _read_head(_QUERY_HEAD, b"GSLQ", body)
     _expect_length(body, _QUERY_HEAD.size + 4 * rows * dim)
     queries = np.frombuffer(body, "<f4", rows * dim, _QUERY_HEAD.size).reshape(rows, dim)
-    return queries, k, probes or None
+    return queries, Effort(k, probes or None, refine or None)
 
 
 def pack_hits(hits: Hits) -> bytes:

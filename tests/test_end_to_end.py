@@ -210,7 +210,7 @@ def test_codes_of_every_kind_are_served_from_their_files(ray_session, tmp_path, 
     fitted = {"source": "fitted", "corpus": corpus, "output": str(tmp_path / "codebook"), "lloyd": {"iterations": 5}}
     run_codebook(check_config(CodebookConfig, fitted | {"quantizer": shape | {"bits": 4, "cells": 4}}))
     run_encode(check_config(EncodeConfig, encode_settings(tmp_path) | {"model": None}))
-    manifest = run_build(check_config(BuildConfig, build_settings(tmp_path, model=None)))
+    manifest = run_build(check_config(BuildConfig, build_settings(tmp_path, model=None, vectors="float16")))
     codebook = load_codebook(str(tmp_path / "codebook"))
     assert (manifest.kind, manifest.rotated) == (codebook.kind, shape["kind"] == "opq")
     tables = [read_codes(Folder(tmp_path / "codes"), shard.name, codebook) for shard in manifest.shards]
@@ -218,7 +218,8 @@ def test_codes_of_every_kind_are_served_from_their_files(ray_session, tmp_path, 
     decoded = np.concatenate([codebook.decode(table.cells, codebook.unpack(table.codes)) for table in tables])
     assert np.square(decoded - vectors).sum() < 0.5 * np.square(vectors - vectors.mean(axis=0)).sum()
     queries, _ = make_clusters(5, 16, 5, seed=3)
-    distances, found = open_searcher(str(tmp_path / "index")).search(queries, 10, probes=manifest.lists)
+    searcher = open_searcher(str(tmp_path / "index"))
+    distances, found = searcher.search(queries, 10, probes=manifest.lists, refine=1)
     wanted = search_in_loops(queries, ids, decoded, 10)
     np.testing.assert_allclose(distances, [[distance for distance, _ in row] for row in wanted], rtol=1e-4)
     far = {int(item): vector for item, vector in zip(ids, decoded, strict=True)}
@@ -226,6 +227,17 @@ def test_codes_of_every_kind_are_served_from_their_files(ray_session, tmp_path, 
         [np.square(far[int(item)] - query).sum() for item in row] for row, query in zip(found, queries, strict=True)
     ]
     np.testing.assert_allclose(mine, distances, rtol=1e-4)
+    exactly = searcher.search(queries, 10, probes=manifest.lists, refine=60)
+    assert exactly.ids.tolist() == [[item for _, item in row] for row in search_in_loops(queries, ids, vectors, 10)]
+
+
+def test_codes_without_vectors_cannot_be_built_with_them(world):
+    settings = encode_settings(world) | {"keep_vectors": False, "output": str(world / "codes-alone")}
+    run_encode(check_config(EncodeConfig, settings))
+    build = build_settings(world, codes=str(world / "codes-alone"), index=str(world / "alone"), vectors="int8")
+    with pytest.raises(ConfigError, match=r"vectors: got 'int8', .*keep_vectors=true"):
+        run_build(check_config(BuildConfig, build))
+    assert not (world / "alone").exists()
 
 
 def test_composite_codes_are_served_by_look_ups_alone(ray_session, tmp_path):

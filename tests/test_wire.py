@@ -2,18 +2,18 @@ import numpy as np
 import pytest
 
 from gsl_dist.errors import QueryError
-from gsl_dist.hits import Hits
+from gsl_dist.hits import Effort, Hits
 from gsl_dist.wire import pack_hits, pack_query, unpack_hits, unpack_query
 
 QUERIES = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 HITS = Hits(np.arange(6).reshape(3, 2), np.arange(6, dtype=np.float32).reshape(3, 2), 2, 3, "v1.é")
 
 
-@pytest.mark.parametrize("probes", [None, 7])
-def test_a_query_comes_back_as_it_was(probes):
-    queries, k, got = unpack_query(pack_query(QUERIES, 10, probes))
+@pytest.mark.parametrize("effort", [Effort(), Effort(10, 7), Effort(3, None, 5), Effort(1, 2, 3)])
+def test_a_query_comes_back_as_it_was(effort):
+    queries, asked = unpack_query(pack_query(QUERIES, effort))
     assert np.array_equal(queries, QUERIES) and queries.dtype == np.float32
-    assert (k, got) == (10, probes)
+    assert asked == effort
 
 
 def test_hits_come_back_as_they_were():
@@ -27,16 +27,16 @@ def test_arrays_are_views_of_the_body_and_aligned():
     body = pack_hits(HITS)
     back = unpack_hits(body)
     assert not back.ids.flags.owndata and back.ids.flags.aligned and back.distances.flags.aligned
-    assert unpack_query(pack_query(QUERIES, 1, 1))[0].flags.aligned
+    assert unpack_query(pack_query(QUERIES, Effort(1, 1)))[0].flags.aligned
 
 
 def test_arrays_that_are_not_contiguous_are_packed_by_value():
     turned = np.asfortranarray(QUERIES)
-    assert pack_query(turned[::2], 1, 1) == pack_query(np.ascontiguousarray(QUERIES[::2]), 1, 1)
+    assert pack_query(turned[::2], Effort(1, 1)) == pack_query(np.ascontiguousarray(QUERIES[::2]), Effort(1, 1))
 
 
 @pytest.mark.parametrize(
-    "pack, unpack", [(lambda: pack_query(QUERIES, 2, 2), unpack_query), (lambda: pack_hits(HITS), unpack_hits)]
+    "pack, unpack", [(lambda: pack_query(QUERIES, Effort(2, 2)), unpack_query), (lambda: pack_hits(HITS), unpack_hits)]
 )
 def test_every_other_length_is_refused(pack, unpack):
     body = pack()
@@ -47,9 +47,9 @@ def test_every_other_length_is_refused(pack, unpack):
         unpack(body + b"x")
 
 
-@pytest.mark.parametrize("place, value", [(0, b"X"), (4, b"\x02"), (8, b"\xff\xff\xff\xff"), (12, b"\xff\xff\xff\xff")])
+@pytest.mark.parametrize("place, value", [(0, b"X"), (4, b"\x01"), (8, b"\xff\xff\xff\xff"), (12, b"\xff\xff\xff\xff")])
 def test_counts_and_magic_are_never_trusted(place, value):
-    for body, unpack in ((pack_query(QUERIES, 2, 2), unpack_query), (pack_hits(HITS), unpack_hits)):
+    for body, unpack in ((pack_query(QUERIES, Effort(2, 2)), unpack_query), (pack_hits(HITS), unpack_hits)):
         with pytest.raises(QueryError):
             unpack(body[:place] + value + body[place + len(value) :])
 
@@ -61,10 +61,10 @@ def test_a_name_that_is_not_text_is_refused():
 
 
 @pytest.mark.parametrize(
-    "field, k, probes",
-    [("k", 0, 1), ("k", -1, 1), ("k", 1.5, 1), ("k", True, 1), ("k", 2**40, 1), ("probes", 1, 0), ("probes", 1, "4")],
+    "field, value",
+    [("k", 0), ("k", -1), ("k", 1.5), ("k", True), ("k", 2**40), ("probes", 0), ("probes", "4"), ("refine", 0)],
 )
-def test_counts_that_are_no_counts_are_named(field, k, probes):
+def test_counts_that_are_no_counts_are_named(field, value):
     with pytest.raises(QueryError) as caught:
-        pack_query(QUERIES, k, probes)
+        pack_query(QUERIES, Effort(**{field: value}))
     assert caught.value.field == field

@@ -1,5 +1,7 @@
 """Small worlds for tests: indexes of random codes, made in an instant."""
 
+from pathlib import Path
+
 import numpy as np
 
 from gsl_dist.codebook import Codebook
@@ -13,6 +15,7 @@ from gsl_dist.index.manifest import (
     publish_version,
     version_folder,
 )
+from gsl_dist.index.refine import keep_vectors
 from gsl_dist.storage import Folder
 
 
@@ -43,10 +46,11 @@ def make_rows(codebook, rows=300, *, seed=1):
     return ids, rng.integers(codebook.lists, size=rows), codebook.pack(codes)
 
 
-def make_index(folder, *, rows=400, dim=16, cells=8, shards=3, seed=0, version="v1", codebook=None):
+def make_index(folder, *, rows=400, dim=16, cells=8, shards=3, seed=0, version="v1", codebook=None, vectors=None):
     """Publish and promote a version of random codes in `folder`, and give its manifest.
 
-    The codes depend on the seed alone: the same rows, dealt out to however many shards.
+    The codes depend on the seed alone: the same rows, dealt out to however many shards. With `vectors`, a precision,
+    the version keeps those of `make_vectors`.
     """
     codebook = codebook or make_codebook(dim=dim, cells=cells, seed=seed)
     _, cells_N, codes = make_rows(codebook, rows, seed=seed + 1)
@@ -59,17 +63,27 @@ def make_index(folder, *, rows=400, dim=16, cells=8, shards=3, seed=0, version="
         file = name_file(name, codebook)
         with place.whole(file) as path:
             make_lists(codebook, ids_N, cells_N[ids_N], codes[ids_N]).write(path)
-        entries.append(ShardEntry(name=name, rows=len(ids_N), index=place.pin(file)))
+        kept = None
+        if vectors:
+            keep_vectors(ids_N, make_vectors(rows, dim)[ids_N], vectors).write(Path(place.path(f"{name}.vectors")))
+            kept = place.pin(f"{name}.vectors")
+        entries.append(ShardEntry(name=name, rows=len(ids_N), index=place.pin(file), vectors=kept))
     manifest = Manifest(
         version=version,
         created="2026-01-01T00:00:00+00:00",
         rows=rows,
         shards=entries,
         codebook=place.pin(CODEBOOK),
+        vectors=vectors,
         **describe_codebook(codebook),
     )
     publish_version(index, manifest)
     return promote_version(index, version)
+
+
+def make_vectors(rows=400, dim=16, *, seed=2):
+    """Give random vectors, of ids 0, 1, 2 and so on."""
+    return np.random.default_rng(seed).normal(size=(rows, dim)).astype(np.float32)
 
 
 def make_queries(count=20, *, dim=16, seed=1):

@@ -34,16 +34,16 @@ from starlette.requests import ClientDisconnect
 
 from gsl_dist.cluster.router import Router
 from gsl_dist.errors import BadInput, ConfigError, QueryError, ShardUnavailable
-from gsl_dist.hits import NO_ID, Hits
+from gsl_dist.hits import NO_ID, Effort, Hits
 from gsl_dist.index.manifest import Manifest, current_version, list_versions
-from gsl_dist.index.search import check_counts, check_queries
+from gsl_dist.index.search import check_effort, check_queries
 from gsl_dist.storage import Folder
 from gsl_dist.wire import HIT_BYTES, HITS_TYPE, QUERY_TYPE, pack_hits, unpack_query
 
 _log = logging.getLogger(__name__)
 
 _CODES = {400: "bad_input", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-_KEYS = {"vectors", "k", "probes", "require_all", "version"}
+_KEYS = {"vectors", "k", "probes", "refine", "require_all", "version"}
 _DEFAULT_K = 10
 _KEEP_ALIVE_S = 75
 
@@ -53,8 +53,9 @@ class Searching(Protocol):
 
     manifest: Manifest
 
-    async def search(self, queries: NDArray[np.float32], k: int, *, probes: int | None, require_all: bool) -> Hits:  # noqa: D102
-        ...
+    async def search(  # noqa: D102
+        self, queries: NDArray[np.float32], k: int, *, probes: int | None, refine: int | None, require_all: bool
+    ) -> Hits: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,7 @@ class Question:
     """A search request that has been read and checked."""
 
     queries: NDArray[np.float32]
-    k: int
-    probes: int
+    effort: Effort
     require_all: bool
 
 
@@ -88,8 +88,9 @@ def create_app(searching: Searching, index: str, limits: Limits = Limits()) -> F
     @app.post("/v1/search", summary="Find the nearest items", openapi_extra=_SEARCH_DOC)
     async def search(request: Request) -> Response:
         question = await read_question(request, manifest, limits)
+        k, probes, refine = question.effort
         hits = await searching.search(
-            question.queries, question.k, probes=question.probes, require_all=question.require_all
+            question.queries, k, probes=probes, refine=refine, require_all=question.require_all
         )
         if _is_binary(request):
             return Response(pack_hits(hits), media_type=HITS_TYPE)
@@ -98,11 +99,11 @@ def create_app(searching: Searching, index: str, limits: Limits = Limits()) -> F
     @app.post("/v1/echo", summary="Read a search request and search nothing", openapi_extra=_SEARCH_DOC)
     async def echo(request: Request) -> Response:
         question = await read_question(request, manifest, limits)
-        return _answer({"queries": len(question.queries), "k": question.k, "version": manifest.version})
+        return _answer({"queries": len(question.queries), "k": question.effort.k, "version": manifest.version})
 
     @app.get("/healthz", summary="Tell whether shards answer")
     async def health() -> Response:
-        hits = await searching.search(np.zeros((1, manifest.dim), np.float32), 1, probes=1, require_all=False)
+        hits = await searching.search(np.zeros((1, manifest.dim), np.float32), 1, probes=1, refine=1, require_all=False)
         status = "partial" if hits.is_partial else "ok"
         return _answer({"status": status, **_show_share(hits.shards_answered, hits.shards_total, manifest.version)})
 
@@ -131,11 +132,11 @@ async def read_question(request: Request, manifest: Manifest, limits: Limits) ->
         raise QueryError("version", version, f"{manifest.version} is the version served here", 404)
     if not isinstance(vectors, np.ndarray):
         vectors = _read_rows(vectors, manifest.dim)
-    k, probes = check_counts(fields.get("k", _DEFAULT_K), fields.get("probes"), manifest)
-    if k * len(vectors) * HIT_BYTES > limits.body_bytes:
+    effort = check_effort(Effort(fields.get("k", _DEFAULT_K), fields.get("probes"), fields.get("refine")), manifest)
+    if effort.k * len(vectors) * HIT_BYTES > limits.body_bytes:
         most = limits.body_bytes // HIT_BYTES
-        raise QueryError("k", k, f"k times the {len(vectors)} queries may be at most {most}", 413)
-    return Question(check_queries(vectors, manifest.dim), k, probes, fields.get("require_all", False))
+        raise QueryError("k", effort.k, f"k times the {len(vectors)} queries may be at most {most}", 413)
+    return Question(check_queries(vectors, manifest.dim), effort, fields.get("require_all", False))
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -160,12 +161,12 @@ def _is_binary(request: Request) -> bool:
 
 def _read_binary(body: bytes, params: Mapping[str, str]) -> dict[str, Any]:
     _refuse_unknown(params, {"require_all", "version"})
-    queries, k, probes = unpack_query(body)
+    queries, effort = unpack_query(body)
     words = {"true": True, "false": False}
     asked = params.get("require_all", "false")
     if asked not in words:
         raise QueryError("require_all", asked, "it must be true or false")
-    fields = {"vectors": queries, "k": k, "probes": probes, "require_all": words[asked]}
+    fields = {"vectors": queries, **effort._asdict(), "require_all": words[asked]}
     return fields | ({"version": params["version"]} if "version" in params else {})
 
 
@@ -180,7 +181,7 @@ def _read_json(body: bytes, params: Mapping[str, str]) -> dict[str, Any]:
     _refuse_unknown(fields, _KEYS)
     if not isinstance(fields.get("vectors"), list):
         raise QueryError("vectors", fields.get("vectors"), "it must be a list of vectors, each a list of numbers")
-    for name in ("k", "probes"):
+    for name in Effort._fields:
         # None stands for the default; a bool is an int to Python, but not to a caller.
         if fields.get(name) is None:
             fields.pop(name, None)
@@ -319,9 +320,11 @@ class Handover:
     def __init__(self, door: DirectDoor) -> None:
         self.manifest, self._router, self._loop = door.router.manifest, door.router, door.loop
 
-    async def search(self, queries: NDArray[np.float32], k: int, *, probes: int | None, require_all: bool) -> Hits:
+    async def search(
+        self, queries: NDArray[np.float32], k: int, *, probes: int | None, refine: int | None, require_all: bool
+    ) -> Hits:
         """Search on the router's loop and wait for it on this one."""
-        work = self._router.search(queries, k, probes=probes, require_all=require_all)
+        work = self._router.search(queries, k, probes=probes, refine=refine, require_all=require_all)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
 
@@ -353,7 +356,12 @@ _SEARCH_DOC: dict[str, Any] = {
                     "properties": {
                         "vectors": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
                         "k": {"type": "integer", "minimum": 1, "default": _DEFAULT_K},
-                        "probes": {"type": "integer", "minimum": 1, "description": "by default 16, or every cell"},
+                        "probes": {"type": "integer", "minimum": 1, "description": "by default 16 cells, or every one"},
+                        "refine": {
+                            "type": "integer",
+                            "minimum": 1,
+                            "description": "candidates a hit, ranked by the vectors kept; by default 4 where they are",
+                        },
                         "require_all": {
                             "type": "boolean",
                             "default": False,

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from gsl_dist.artefact import Card, open_card
 from gsl_dist.cluster.codebook import load_codebook
-from gsl_dist.cluster.encode import read_codes
+from gsl_dist.cluster.encode import CodeTable, read_codes
 from gsl_dist.cluster.model import CARD
 from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
 from gsl_dist.codebook import Codebook
@@ -37,6 +37,7 @@ from gsl_dist.index.manifest import (
     publish_version,
     version_folder,
 )
+from gsl_dist.index.refine import Precision, keep_vectors
 from gsl_dist.storage import FileEntry, Folder
 
 _SOFTWARE = ("faiss-cpu", "faiss-gpu", "torch", "ray", "numpy", "pyarrow", "gsl_dist")
@@ -50,6 +51,9 @@ class BuildConfig(Strict):
     model: Location | None = Field(default=None, description="the encoder that queries pass through; it is copied")
     index: Location = Field(description="the index folder; it may hold other versions")
     version: str | None = Field(default=None, pattern=f"^{VERSION_NAME}$", description="None: named after its content")
+    vectors: Precision | None = Field(
+        default=None, description="keep vectors to rank candidates by: float16, or int8, a byte a dimension; None: none"
+    )
     promote: bool = True
     resources: Resources = Resources()
 
@@ -73,7 +77,8 @@ def run_build(config: BuildConfig, progress: Progress = stay_quiet) -> Manifest:
     """
     codes, codebook = open_card(Folder(config.codes), "codes", verify=False), load_codebook(config.codebook)
     _check_fit(config, codes, codebook)
-    made_by = fingerprint_config(codes.made_by, codebook.fingerprint, config.model and _model_card(config).made_by)
+    parts = [codes.made_by, codebook.fingerprint, config.model and _model_card(config).made_by]
+    made_by = fingerprint_config(*parts, *([config.vectors] if config.vectors else []))
     version, index = config.version or f"v-{made_by[:12]}", Folder(config.index)
     if version in list_versions(index):
         manifest = open_version(index, version)
@@ -107,14 +112,26 @@ def build_shard(config: BuildConfig, folder: Folder, name: str, entry: FileEntry
         with folder.whole(payload_name) as path:
             pq.write_table(rows, path)
         payload = folder.pin(payload_name)
-    shard_entry = ShardEntry(name=name, rows=len(table.ids), index=folder.pin(file), payload=payload)
+    vectors = _keep_vectors(config.vectors, folder, name, table) if config.vectors else None
+    index = folder.pin(file)
+    shard_entry = ShardEntry(name=name, rows=len(table.ids), index=index, payload=payload, vectors=vectors)
     first, last = (int(table.ids.min()), int(table.ids.max())) if len(table.ids) else (0, -1)
     built = BuiltShard(made_by=made_by, entry=shard_entry, first_id=first, last_id=last)
     folder.write_json(f"{name}.note.json", built.model_dump(mode="json"))
     return built
 
 
+def _keep_vectors(precision: Precision, folder: Folder, name: str, table: CodeTable) -> FileEntry:
+    file = f"{name.replace('shard', 'vectors')}.{precision}"
+    assert table.vectors is not None, "codes without vectors were refused"
+    with folder.whole(file) as path:
+        keep_vectors(table.ids, table.vectors, precision).write(path)
+    return folder.pin(file)
+
+
 def _check_fit(config: BuildConfig, codes: Card, codebook: Codebook) -> None:
+    if config.vectors and not codes.config.get("keep_vectors"):
+        raise ConfigError("vectors", config.vectors, f"{config.codes} holds codes alone: encode with keep_vectors=true")
     written_with = codes.facts["codebook_fingerprint"]
     if written_with != codebook.fingerprint:
         raise ArtefactError(
@@ -172,7 +189,7 @@ def _note(folder: Folder, name: str, made_by: str) -> BuiltShard | None:
         return None
     try:
         built = BuiltShard.model_validate(folder.read_json(f"{name}.note.json"))
-        for entry in (built.entry.index, built.entry.payload):
+        for entry in (built.entry.index, built.entry.payload, built.entry.vectors):
             if entry:
                 folder.check(entry)
     except (ValidationError, ArtefactError):
@@ -197,6 +214,7 @@ def _describe(
         rows=sum(shard.entry.rows for shard in built),
         shards=[shard.entry for shard in built],
         codebook=folder.pin(CODEBOOK),
+        vectors=config.vectors,
         model=model,
         configs=configs,
         software=list_software(),

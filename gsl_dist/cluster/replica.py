@@ -76,8 +76,9 @@ class Replica:
     def answer(self, body: bytes) -> tuple[Status, bytes]:
         """Search for what a body asks, in whichever thread."""
         try:
-            queries, k, probes = unpack_query(body)
-            return Status.DONE, pack_hits(self.searcher.search(queries, k, probes=probes))
+            queries, effort = unpack_query(body)
+            hits = self.searcher.search(queries, effort.k, probes=effort.probes, refine=effort.refine)
+            return Status.DONE, pack_hits(hits)
         except BadInput as error:
             return Status.REFUSED, str(error).encode()
         except (RuntimeError, MemoryError) as error:  # what faiss raises

@@ -20,9 +20,9 @@ from numpy.typing import ArrayLike
 
 from gsl_dist.cluster.frames import Asker, greet
 from gsl_dist.errors import ShardUnavailable
-from gsl_dist.hits import Hits, merge_topk
+from gsl_dist.hits import Effort, Hits, merge_topk
 from gsl_dist.index.manifest import Manifest, ShardEntry
-from gsl_dist.index.search import check_counts, check_queries
+from gsl_dist.index.search import check_effort, check_queries
 from gsl_dist.wire import pack_query, unpack_hits
 
 _log = logging.getLogger(__name__)
@@ -140,18 +140,24 @@ class Router:
             link.close()
 
     async def search(
-        self, queries: ArrayLike, k: int = 10, *, probes: int | None = None, require_all: bool = False
+        self,
+        queries: ArrayLike,
+        k: int = 10,
+        *,
+        probes: int | None = None,
+        refine: int | None = None,
+        require_all: bool = False,
     ) -> Hits:
         """Give the k nearest items of each query among the shards that answer in time.
 
         Shapes: queries (Q, D) or (D,) -> ids (Q, k) int64, distances (Q, k) float32.
         Raises:
-            QueryError: queries, k or probes are out of range.
+            QueryError: queries, k, probes or refine are out of range.
             ShardUnavailable: no shard answered, or one did not and all are required.
         """
         matrix = check_queries(queries, self.manifest.dim)
-        k, probes = check_counts(k, probes, self.manifest)
-        body = pack_query(matrix, k, probes)
+        effort = check_effort(Effort(k, probes, refine), self.manifest)
+        body = pack_query(matrix, effort)
         answers = await asyncio.gather(*(link.ask(body, self._timeout_s) for link in self._links))
         missing = [
             shard for link, answer in zip(self._links, answers, strict=True) for shard in link.shards if answer is None
@@ -159,7 +165,7 @@ class Router:
         found = [answer for answer in answers if answer is not None]
         if not found or (missing and require_all):
             raise ShardUnavailable(missing, len(self.manifest.shards))
-        return found[0] if len(answers) == 1 else merge_topk(found, k)
+        return found[0] if len(answers) == 1 else merge_topk(found, effort.k)
 
 
 def spread_shards(shards: Sequence[ShardEntry], replicas: int) -> dict[str, list[str]]:

@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict
 from gsl_dist.errors import ArtefactError, BadInput
+from gsl_dist.index.refine import Precision
 from gsl_dist.storage import FileEntry, Folder
 
 MANIFEST, POINTER, CODEBOOK = "manifest.json", "CURRENT.json", "codebook.safetensors"
@@ -29,16 +30,17 @@ VERSION_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
 class ShardEntry(Strict):
-    """One shard of a version: its index file and, where the corpus has one, its payload."""
+    """One shard of a version: its index file, and its payload and vectors where the version has them."""
 
     name: str
     rows: int = Field(ge=0)
     index: FileEntry
     payload: FileEntry | None = None
+    vectors: FileEntry | None = None
 
 
 class Manifest(Strict):
-    """Everything that a version holds.
+    """Everything that a version holds; `vectors` is how exactly it keeps these beside the codes, if it does.
 
     `bytes_per_item` counts the code alone; the cell is implied by the list a code lies in, and faiss keeps eight more
     bytes for the id.
@@ -58,6 +60,7 @@ class Manifest(Strict):
     bits: int
     residual: bool
     bytes_per_item: int
+    vectors: Precision | None = None
     rows: int
     shards: list[ShardEntry]
     codebook: FileEntry
@@ -73,7 +76,7 @@ class Manifest(Strict):
     @property
     def files(self) -> list[FileEntry]:
         """List every file of the version but the manifest."""
-        shards = [entry for shard in self.shards for entry in (shard.index, shard.payload) if entry]
+        shards = [entry for shard in self.shards for entry in (shard.index, shard.payload, shard.vectors) if entry]
         return [self.codebook, *self.model, *shards]
 
 

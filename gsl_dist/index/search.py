@@ -20,13 +20,14 @@ from numpy.typing import ArrayLike
 
 from gsl_dist.codebook import Codebook, FloatArray
 from gsl_dist.errors import QueryError
-from gsl_dist.hits import Hits, merge_topk
+from gsl_dist.hits import Effort, Hits, merge_topk
 from gsl_dist.index.lists import Lists, join_lists, open_lists
 from gsl_dist.index.manifest import Manifest, ShardEntry, open_codebook, open_version, version_folder
+from gsl_dist.index.refine import VectorStore, measure_exactly, open_vectors
 from gsl_dist.storage import Folder
 
 MAX_K = 16_384
-DEFAULT_PROBES = 16
+DEFAULT_PROBES, DEFAULT_REFINE = 16, 4
 
 
 def check_queries(queries: ArrayLike, dim: int) -> FloatArray:
@@ -56,12 +57,13 @@ def check_queries(queries: ArrayLike, dim: int) -> FloatArray:
     return matrix
 
 
-def check_counts(k: int, probes: int | None, version: Manifest | Codebook) -> tuple[int, int]:
-    """Check how many neighbours and lists are asked for; `None` probes means the default for the version.
+def check_effort(effort: Effort, version: Manifest) -> Effort:
+    """Check what is asked for, and settle what is left open by what is usual for the version.
 
     Raises:
         QueryError: out of range.
     """
+    k, probes, refine = effort
     wanted = _read_count(k)
     if not 1 <= wanted <= MAX_K:
         raise QueryError("k", k, f"it must be a whole number from 1 to {MAX_K}")
@@ -71,7 +73,18 @@ def check_counts(k: int, probes: int | None, version: Manifest | Codebook) -> tu
     reach = min(usual, lists) if probes is None else _read_count(probes)
     if not 1 <= reach <= lists:
         raise QueryError("probes", probes, f"it must be a whole number from 1 to {lists}, the {name} of this index")
-    return wanted, reach
+    return Effort(wanted, reach, _check_refine(refine, wanted, version))
+
+
+def _check_refine(refine: int | None, k: int, version: Manifest) -> int:
+    if refine is None:
+        return min(DEFAULT_REFINE, MAX_K // k) if version.vectors else 1
+    factor = _read_count(refine)
+    if factor > 1 and not version.vectors:
+        raise QueryError("refine", refine, "this version keeps no vectors to rank by: it was built without `vectors`")
+    if not 1 <= factor <= MAX_K // k:
+        raise QueryError("refine", refine, f"it must be a whole number from 1 to {MAX_K // k} where k is {k}")
+    return factor
 
 
 def _read_count(value: Any) -> int:
@@ -94,32 +107,38 @@ class LocalSearcher:
         codebook: its codebook.
         lists: the joined lists of the shards.
         shards: the names of the shards held here.
+        stores: their vectors, where the version keeps them.
     """
 
     manifest: Manifest
     codebook: Codebook
     lists: Lists
     shards: tuple[str, ...]
+    stores: tuple[VectorStore, ...] = ()
 
-    def search(self, queries: ArrayLike, k: int = 10, *, probes: int | None = None) -> Hits:
+    def search(self, queries: ArrayLike, k: int = 10, *, probes: int | None = None, refine: int | None = None) -> Hits:
         """Give the k nearest items of each query among the shards held here.
 
         Args:
             queries: vectors of the index's dimension.
             k: neighbours wanted for each.
             probes: lists to look into, cells or regions; by default 16 cells, or all if there are fewer.
+            refine: candidates for each hit, ranked again by exact distances; by default 4 where vectors are kept.
 
         Shapes: queries (Q, D) or (D,) -> ids (Q, k) int64, distances (Q, k) float32.
         Raises:
-            QueryError: queries, k or probes are out of range.
+            QueryError: queries, k, probes or refine are out of range.
         """
         matrix = check_queries(queries, self.codebook.dim)
-        k, probes = check_counts(k, probes, self.codebook)
-        return self.search_checked(matrix, k, probes)
+        wanted, reach, factor = check_effort(Effort(k, probes, refine), self.manifest)
+        assert reach is not None and factor is not None, "both were settled"
+        return self.search_checked(matrix, wanted, reach, factor)
 
-    def search_checked(self, queries: FloatArray, k: int, probes: int) -> Hits:
-        """Search without looking at the arguments again: for a replica behind a router that has."""
-        distances, ids = self.lists.search(queries, k, probes)
+    def search_checked(self, queries: FloatArray, k: int, probes: int, refine: int = 1) -> Hits:
+        """Search without looking at the arguments again."""
+        distances, ids = self.lists.search(queries, k * refine, probes)
+        if refine > 1:
+            distances = measure_exactly(queries, ids, self.stores)
         found = Hits(ids, distances, len(self.shards), len(self.manifest.shards), self.manifest.version)
         # Puts items at equal distances in the order of their ids, as merging the answers of replicas does.
         return merge_topk([found], k)
@@ -157,10 +176,18 @@ def open_searcher(
         raise QueryError("shards", sorted(missing), f"version {manifest.version} has {known}", status=404)
     folder = version_folder(index, manifest.version)
     whole = join_lists([_open_shard(folder, entry, codebook) for entry in entries])
-    return LocalSearcher(manifest, codebook, whole, tuple(entry.name for entry in entries))
+    stores = tuple(_open_vectors(folder, entry, manifest) for entry in entries if manifest.vectors)
+    return LocalSearcher(manifest, codebook, whole, tuple(entry.name for entry in entries), stores)
 
 
 def _open_shard(folder: Folder, entry: ShardEntry, codebook: Codebook) -> Lists:
     folder.check(entry.index)
     with folder.local(entry.index.name) as path:
         return open_lists(path, codebook)
+
+
+def _open_vectors(folder: Folder, entry: ShardEntry, manifest: Manifest) -> VectorStore:
+    assert entry.vectors is not None and manifest.vectors is not None, entry.name
+    folder.check(entry.vectors)
+    with folder.local(entry.vectors.name) as path:
+        return open_vectors(path, entry.rows, manifest.dim, manifest.vectors)

@@ -23,7 +23,6 @@ with a code, is ours.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,11 +33,11 @@ from typing import Any
 import faiss
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray
 from gsl_dist.errors import ArtefactError, DataError
 from gsl_dist.hits import FAR
+from gsl_dist.index.mapped import map_arrays, write_arrays
 from gsl_dist.index.shards import refuse_bad_ids
 
 try:
@@ -52,8 +51,7 @@ CELLS_SHARE = 4
 """A query ranks the regions of so many times as many cells as would hold the regions that it looks into."""
 
 _CHUNK_FLOATS, _SQUARE_ROWS = 1 << 24, 1 << 16
-_DTYPES = {"I64": np.int64, "U8": np.uint8, "F32": np.float32}
-_ARRAYS = {"offsets": "I64", "ids": "I64", "codes": "U8", "squares": "F32"}
+_ARRAYS = {"offsets": np.int64, "ids": np.int64, "codes": np.uint8, "squares": np.float32}
 
 
 @dataclass(frozen=True)
@@ -157,9 +155,9 @@ class LineLists:
 
     def write(self, path: Path) -> None:
         """Write the lists as one file."""
-        arrays = {"offsets": self.offsets_R, "ids": self.ids_N, "codes": self.codes, "squares": self.squares_N}
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        save_file(contiguous, path, metadata={"gsl_lines": json.dumps({"fingerprint": self.codebook.fingerprint})})
+        arrays: dict[str, NDArray[Any]] = {"offsets": self.offsets_R, "ids": self.ids_N}
+        arrays |= {"codes": self.codes, "squares": self.squares_N}
+        write_arrays(path, arrays, {"fingerprint": self.codebook.fingerprint})
 
     def _search_chunk(
         self, turned_QD: FloatArray, cells: int, probes: int, distances_Qk: FloatArray, ids_Qk: IdArray
@@ -250,10 +248,10 @@ def open_lists(path: Path, codebook: Codebook) -> LineLists:
         ArtefactError: it is no file of lists, is cut short, or was built with another codebook.
     """
     try:
-        arrays, fingerprint = _map_arrays(path)
+        arrays, marks = map_arrays(path, _ARRAYS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(str(path), f"it is not a file of lists ({error or type(error).__name__})") from error
-    if fingerprint != codebook.fingerprint:
+    if marks.get("fingerprint") != codebook.fingerprint:
         raise ArtefactError(str(path), f"it was built with another codebook than {codebook.fingerprint}")
     lists = LineLists(codebook, arrays["offsets"], arrays["ids"], arrays["codes"], arrays["squares"])
     rows, offsets_R = lists.rows, lists.offsets_R
@@ -263,29 +261,6 @@ def open_lists(path: Path, codebook: Codebook) -> LineLists:
     if offsets_R[0] != 0 or offsets_R[-1] != rows or (np.diff(offsets_R) < 0).any():
         raise ArtefactError(str(path), f"its regions do not begin and end within its {rows} rows")
     return lists
-
-
-def _map_arrays(path: Path) -> tuple[dict[str, Any], str]:
-    """Map the arrays of a safetensors file, which its own library would read."""
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length < path.stat().st_size:
-            raise ValueError("it has no header")
-        header = json.loads(stream.read(length))
-    fingerprint = json.loads(header.pop("__metadata__")["gsl_lines"])["fingerprint"]
-    arrays = {}
-    for name, dtype in _ARRAYS.items():
-        entry = header[name]
-        start, stop = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        if (
-            entry["dtype"] != dtype
-            or stop - start != np.prod(shape, dtype=np.int64) * np.dtype(_DTYPES[dtype]).itemsize
-        ):
-            raise ValueError(f"{name} is not what its header says")
-        mapped = np.memmap(path, _DTYPES[dtype], "r", 8 + length + start, shape) if stop > start else None
-        arrays[name] = np.empty(shape, _DTYPES[dtype]) if mapped is None else mapped
-    return arrays, fingerprint
 
 
 def _search_plainly(queries: Any, lines: Any, rows: Any, probes: int, answers: Any) -> None:

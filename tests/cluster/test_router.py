@@ -19,6 +19,7 @@ from gsl_dist.cluster.app import DirectDoor, Handover, Limits, bind_port, create
 from gsl_dist.cluster.replica import Replica
 from gsl_dist.cluster.router import Router, spread_shards
 from gsl_dist.errors import ConfigError, QueryError, ShardUnavailable
+from gsl_dist.hits import Effort
 from gsl_dist.index.manifest import ShardEntry, publish_version
 from gsl_dist.index.search import open_searcher
 from gsl_dist.storage import FileEntry, Folder
@@ -78,6 +79,21 @@ def world(tmp_path_factory):
     make_index(folder)
     world = World(folder, limits=Limits(batch=64, body_bytes=80_000))
     yield world
+    world.stop()
+
+
+def test_refining_gives_the_same_at_every_door_and_is_exact_over_all_candidates(tmp_path):
+    make_index(tmp_path, vectors="float16")
+    world = World(tmp_path)
+    queries, k = make_queries(5), 7
+    # Replicas rank candidates of their own: only where these are all rows is the answer that of one process.
+    expected = world.local.search(queries, k, probes=8, refine=60)
+    with Client(world.url) as client:
+        assert same(client.search(queries, k, 8, refine=60), expected)
+        usual = client.search(queries, k, 8)
+        assert same(client.search(queries, k, 8, refine=4), usual)
+    body = {"vectors": queries.tolist(), "k": k, "probes": 8, "refine": 60}
+    assert world.post(body).json()["ids"] == expected.ids.tolist()
     world.stop()
 
 
@@ -170,6 +186,8 @@ BAD_BODIES = {
     "probes zero": (good(probes=0), 400, "probes"),
     "probes over the cells": (good(probes=9), 400, "probes"),
     "probes a bool": (good(probes=False), 400, "probes"),
+    "refine without vectors": (good(refine=2), 400, "refine"),
+    "refine a fraction": (good(refine=1.5), 400, "refine"),
     "require_all a number": (good(require_all=1), 400, "require_all"),
     "extra key": (good(nprobe=4), 400, "nprobe"),
     "empty batch": (good(vectors=[]), 400, "vectors"),
@@ -193,16 +211,16 @@ def test_bad_input_is_a_4xx_that_names_the_field(world, case, path):
     "body, query, status, field",
     [
         (b"GSLQ", "", 400, "body"),
-        (pack_query(make_queries(2), 3, 8)[:-1], "", 400, "body"),
-        (pack_query(make_queries(2, dim=15), 3, 8), "", 400, "vectors"),
-        (pack_query(np.full((1, 16), np.nan, np.float32), 3, 8), "", 400, "vectors"),
-        (pack_query(make_queries(0), 3, 8), "", 400, "vectors"),
-        (pack_query(make_queries(65), 3, 8), "", 413, "vectors"),
-        (pack_query(make_queries(2), 99999, 8), "", 400, "k"),
-        (pack_query(make_queries(2), 3, 9), "", 400, "probes"),
-        (pack_query(make_queries(2), 3, 8), "?require_all=maybe", 400, "require_all"),
-        (pack_query(make_queries(2), 3, 8), "?k=4", 400, "k"),
-        (pack_query(make_queries(2), 3, 8), "?version=v9", 404, "version"),
+        (pack_query(make_queries(2), Effort(3, 8))[:-1], "", 400, "body"),
+        (pack_query(make_queries(2, dim=15), Effort(3, 8)), "", 400, "vectors"),
+        (pack_query(np.full((1, 16), np.nan, np.float32), Effort(3, 8)), "", 400, "vectors"),
+        (pack_query(make_queries(0), Effort(3, 8)), "", 400, "vectors"),
+        (pack_query(make_queries(65), Effort(3, 8)), "", 413, "vectors"),
+        (pack_query(make_queries(2), Effort(99999, 8)), "", 400, "k"),
+        (pack_query(make_queries(2), Effort(3, 9)), "", 400, "probes"),
+        (pack_query(make_queries(2), Effort(3, 8)), "?require_all=maybe", 400, "require_all"),
+        (pack_query(make_queries(2), Effort(3, 8)), "?k=4", 400, "k"),
+        (pack_query(make_queries(2), Effort(3, 8)), "?version=v9", 404, "version"),
     ],
 )
 def test_bad_binary_bodies_are_refused_in_the_same_shape(world, body, query, status, field):
@@ -312,7 +330,7 @@ def test_many_queries_at_once_each_get_their_own_answer(world):
             posts = [
                 http.post(
                     f"{world.url}/v1/search",
-                    content=pack_query(query[None], 5, 8),
+                    content=pack_query(query[None], Effort(5, 8)),
                     headers={"content-type": QUERY_TYPE},
                 )
                 for query in queries
@@ -336,7 +354,11 @@ def test_another_loop_searches_through_the_same_router(world):
 
 def test_a_replica_refuses_what_a_router_should_not_send(world):
     replica = next(iter(world.replicas.values()))
-    for body in (b"nonsense", pack_query(make_queries(1, dim=3), 1, 1), pack_query(make_queries(1), 1, 99)):
+    for body in (
+        b"nonsense",
+        pack_query(make_queries(1, dim=3), Effort(1, 1)),
+        pack_query(make_queries(1), Effort(1, 99)),
+    ):
         status, message = replica.answer(body)
         assert status.name == "REFUSED" and b"Traceback" not in message
 

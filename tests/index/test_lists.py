@@ -8,8 +8,9 @@ from reference import search_in_loops
 from worlds import make_codebook, make_index, make_queries, make_rows
 
 from gsl_dist.errors import ArtefactError, QueryError
+from gsl_dist.hits import Effort
 from gsl_dist.index.lists import join_lists, make_lists, name_file, open_lists
-from gsl_dist.index.search import check_counts, open_searcher
+from gsl_dist.index.search import check_effort, open_searcher
 
 KINDS = ("pq", "rq", "lsq", "cq", "vlq")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -72,11 +73,11 @@ def test_a_version_of_lines_is_searched_like_any_other(tmp_path, shards):
     assert (hits.shards_answered, hits.shards_total, searcher.rows) == (shards, shards, 400)
 
 
-def test_probes_of_lines_are_regions_and_by_default_as_many_as_16_cells_would_hold():
-    codebook = make_codebook("vlq", cells=40)
-    assert codebook.lists == 160 and check_counts(5, None, codebook) == (5, 16)
-    assert check_counts(5, 160, codebook) == (5, 160)
+def test_probes_of_lines_are_regions_and_by_default_as_many_as_16_cells_would_hold(tmp_path):
+    lines = make_index(tmp_path / "lines", codebook=make_codebook("vlq", cells=40))
+    assert lines.lists == 160 and check_effort(Effort(5), lines) == (5, 16, 1)
+    assert check_effort(Effort(5, 160), lines) == (5, 160, 1)
     with pytest.raises(QueryError, match="1 to 160, the regions of this index"):
-        check_counts(5, 161, codebook)
+        check_effort(Effort(5, 161), lines)
     with pytest.raises(QueryError, match="1 to 8, the cells of this index"):
-        check_counts(5, 9, make_codebook("pq"))
+        check_effort(Effort(5, 9), make_index(tmp_path / "cells"))

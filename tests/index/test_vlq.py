@@ -1,6 +1,5 @@
 """Lists of regions: the scan against numpy, decoded vectors and itself in parts; files and what is wrong with them."""
 
-import json
 import mmap
 
 import numpy as np
@@ -11,6 +10,7 @@ torch = pytest.importorskip("torch")
 from gsl_dist.errors import ArtefactError, DataError  # noqa: E402
 from gsl_dist.hits import FAR  # noqa: E402
 from gsl_dist.index import vlq as module  # noqa: E402
+from gsl_dist.index.mapped import write_arrays  # noqa: E402
 from gsl_dist.index.vlq import join_lists, make_lists, open_lists  # noqa: E402
 from gsl_dist.quantizers import LineConfig, LloydConfig, make_quantizer, train_codebook  # noqa: E402
 
@@ -165,13 +165,10 @@ def drop_ids(content):
     [(damage_offsets, "begin and end"), (cut_codes, "belong together"), (drop_ids, "not a file of lists")],
 )
 def test_arrays_that_do_not_belong_together_are_refused(made, damage, said, tmp_path):
-    from safetensors.numpy import save_file
-
     lists = make_lists(*made)
     content = {"offsets": lists.offsets_R, "ids": lists.ids_N, "codes": lists.codes, "squares": lists.squares_N}
     damage(content)
-    header = {"gsl_lines": json.dumps({"fingerprint": made[0].fingerprint})}
-    save_file({name: np.array(array) for name, array in content.items()}, tmp_path / "shard", metadata=header)
+    write_arrays(tmp_path / "shard", content, {"fingerprint": made[0].fingerprint})
     with pytest.raises(ArtefactError, match=said):
         open_lists(tmp_path / "shard", made[0])
 
