@@ -134,7 +134,8 @@ class LineLists:
         turned_QD = codebook.rotate(queries_QD) - tables.centre_D
         distances_Qk = np.full((len(turned_QD), k), FAR, np.float32)
         ids_Qk = np.full((len(turned_QD), k), -1, np.int64)
-        rows = max(1, min(_CHUNK_FLOATS // codebook.cells, -(-len(turned_QD) // threads)))
+        floats = max(codebook.cells, codebook.sub_vectors * codebook.codewords)
+        rows = max(1, min(_CHUNK_FLOATS // floats, -(-len(turned_QD) // threads)))
 
         def work(start: int) -> None:
             some = slice(start, start + rows)
@@ -186,13 +187,12 @@ def open_tables(codebook: Codebook) -> Tables:
     assert codebook.edges is not None and codebook.feet is not None and codebook.levels is not None, codebook.kind
     centre_D = codebook.coarse.mean(0, dtype=np.float64).astype(np.float32)
     coarse_CD = codebook.coarse - centre_D
-    lengths_CE = np.stack(
-        [np.square(coarse_CD[ends_C] - coarse_CD).sum(1) for ends_C in codebook.edges.T], axis=1
-    )  # an end at a time: all at once they would be long
     norms_C = np.square(coarse_CD).sum(1)
-    return Tables(
-        centre_D, coarse_CD, norms_C, codebook.edges, codebook.feet, lengths_CE, codebook.levels, codebook.books
-    )
+    # A line of each cell at a time: all at once they would be long.
+    lengths_EC = [np.square(coarse_CD[ends_C] - coarse_CD).sum(1) for ends_C in codebook.edges.T]
+    lengths_CE = np.stack(lengths_EC, axis=1)
+    lines = codebook.edges, codebook.feet, lengths_CE, codebook.levels
+    return Tables(centre_D, coarse_CD, norms_C, *lines, codebook.books)
 
 
 def make_lists(codebook: Codebook, ids_N: IdArray, regions_N: IdArray, codes: CodeArray) -> LineLists:
