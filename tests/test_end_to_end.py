@@ -213,6 +213,10 @@ def test_codes_of_every_kind_are_served_from_their_files(ray_session, tmp_path, 
     manifest = run_build(check_config(BuildConfig, build_settings(tmp_path, model=None, vectors="float16")))
     codebook = load_codebook(str(tmp_path / "codebook"))
     assert (manifest.kind, manifest.rotated) == (codebook.kind, shape["kind"] == "opq")
+    if shape["kind"] == "vlq":
+        linked = build_settings(tmp_path, model=None, coarse_search="hnsw", index=str(tmp_path / "linked"))
+        with pytest.raises(ConfigError, match="kind vlq are searched with flat alone"):
+            run_build(check_config(BuildConfig, linked))
     tables = [read_codes(Folder(tmp_path / "codes"), shard.name, codebook) for shard in manifest.shards]
     ids, vectors = (np.concatenate([getattr(table, name) for table in tables]) for name in ("ids", "vectors"))
     decoded = np.concatenate([codebook.decode(table.cells, codebook.unpack(table.codes)) for table in tables])
@@ -229,6 +233,14 @@ def test_codes_of_every_kind_are_served_from_their_files(ray_session, tmp_path, 
     np.testing.assert_allclose(mine, distances, rtol=1e-4)
     exactly = searcher.search(queries, 10, probes=manifest.lists, refine=60)
     assert exactly.ids.tolist() == [[item for _, item in row] for row in search_in_loops(queries, ids, vectors, 10)]
+
+
+def test_a_version_whose_cells_are_found_through_a_graph_answers_as_the_flat_one(world):
+    settings = build_settings(world, index=str(world / "linked"), coarse_search="hnsw")
+    manifest, queries = run_build(check_config(BuildConfig, settings)), make_clusters(9, 16, 5, seed=3)[0][:, :8]
+    assert manifest.coarse_search == "hnsw" and manifest.version != open_version(Folder(world / "index")).version
+    linked, flat = (open_searcher(str(world / name)).search(queries, 10, probes=3) for name in ("linked", "index"))
+    np.testing.assert_allclose(linked.distances, flat.distances, rtol=1e-4)
 
 
 def test_codes_without_vectors_cannot_be_built_with_them(world):

@@ -38,6 +38,7 @@ from gsl_dist.index.manifest import (
     version_folder,
 )
 from gsl_dist.index.refine import Precision, keep_vectors
+from gsl_dist.index.shards import CoarseSearch
 from gsl_dist.storage import FileEntry, Folder
 
 _SOFTWARE = ("faiss-cpu", "faiss-gpu", "torch", "ray", "numpy", "pyarrow", "gsl_dist")
@@ -53,6 +54,9 @@ class BuildConfig(Strict):
     version: str | None = Field(default=None, pattern=f"^{VERSION_NAME}$", description="None: named after its content")
     vectors: Precision | None = Field(
         default=None, description="keep vectors to rank candidates by: float16, or int8, a byte a dimension; None: none"
+    )
+    coarse_search: CoarseSearch = Field(
+        default="flat", description="how a query finds its cells: flat compares all, hnsw follows a graph (many cells)"
     )
     promote: bool = True
     resources: Resources = Resources()
@@ -78,7 +82,7 @@ def run_build(config: BuildConfig, progress: Progress = stay_quiet) -> Manifest:
     codes, codebook = open_card(Folder(config.codes), "codes", verify=False), load_codebook(config.codebook)
     _check_fit(config, codes, codebook)
     parts = [codes.made_by, codebook.fingerprint, config.model and _model_card(config).made_by]
-    made_by = fingerprint_config(*parts, *([config.vectors] if config.vectors else []))
+    made_by = fingerprint_config(*parts, *([config.vectors] if config.vectors else []), *_name_search(config))
     version, index = config.version or f"v-{made_by[:12]}", Folder(config.index)
     if version in list_versions(index):
         manifest = open_version(index, version)
@@ -103,7 +107,7 @@ def build_shard(config: BuildConfig, folder: Folder, name: str, entry: FileEntry
     table = read_codes(source, name, codebook)
     file = name_file(name, codebook)
     with folder.whole(file) as path:
-        make_lists(codebook, table.ids, table.cells, table.codes).write(path)
+        make_lists(codebook, table.ids, table.cells, table.codes, config.coarse_search).write(path)
     payload = None
     if table.payload is not None:
         payload_name = f"{name.replace('shard', 'payload')}.parquet"
@@ -121,6 +125,11 @@ def build_shard(config: BuildConfig, folder: Folder, name: str, entry: FileEntry
     return built
 
 
+def _name_search(config: BuildConfig) -> list[str]:
+    # Versions without a graph keep the names that they had before there were any.
+    return [] if config.coarse_search == "flat" else [config.coarse_search]
+
+
 def _keep_vectors(precision: Precision, folder: Folder, name: str, table: CodeTable) -> FileEntry:
     file = f"{name.replace('shard', 'vectors')}.{precision}"
     assert table.vectors is not None, "codes without vectors were refused"
@@ -130,6 +139,8 @@ def _keep_vectors(precision: Precision, folder: Folder, name: str, table: CodeTa
 
 
 def _check_fit(config: BuildConfig, codes: Card, codebook: Codebook) -> None:
+    if config.coarse_search == "hnsw" and codebook.kind in ("vlq", "cq"):
+        raise ConfigError("coarse_search", "hnsw", f"codes of kind {codebook.kind} are searched with flat alone")
     if config.vectors and not codes.config.get("keep_vectors"):
         raise ConfigError("vectors", config.vectors, f"{config.codes} holds codes alone: encode with keep_vectors=true")
     written_with = codes.facts["codebook_fingerprint"]
@@ -215,6 +226,7 @@ def _describe(
         shards=[shard.entry for shard in built],
         codebook=folder.pin(CODEBOOK),
         vectors=config.vectors,
+        coarse_search=config.coarse_search,
         model=model,
         configs=configs,
         software=list_software(),

@@ -61,6 +61,7 @@ class Manifest(Strict):
     residual: bool
     bytes_per_item: int
     vectors: Precision | None = None
+    coarse_search: str = "flat"
     rows: int
     shards: list[ShardEntry]
     codebook: FileEntry

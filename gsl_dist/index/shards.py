@@ -18,7 +18,7 @@ its lists: who searches them turns each query once, with `turn_queries`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import faiss
 import numpy as np
@@ -26,6 +26,11 @@ import numpy as np
 from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray
 from gsl_dist.errors import ArtefactError, DataError
 from gsl_dist.hits import FAR
+
+CoarseSearch = Literal["flat", "hnsw"]
+
+HNSW_LINKS, HNSW_WIDTH = 32, 200
+"""Links of a centroid to others, and how many candidates are looked at to make them."""
 
 
 class Layout(NamedTuple):
@@ -58,11 +63,16 @@ _LAYOUTS = {
 }
 
 
-def create_shard(codebook: Codebook) -> faiss.IndexIVF:
-    """Make empty, trained faiss lists that have this codebook, its rotation apart."""
+def create_shard(codebook: Codebook, coarse_search: CoarseSearch = "flat") -> faiss.IndexIVF:
+    """Make empty, trained faiss lists that have this codebook, its rotation apart.
+
+    Args:
+        codebook: not of lines.
+        coarse_search: whether a query is compared with all centroids, or finds the nearest through an HNSW graph of
+            them: the same graph for the same codebook.
+    """
     layout, (centroids, words) = _LAYOUTS[codebook.kind], _lay_out(codebook)
-    coarse = faiss.IndexFlat(centroids.shape[1], layout.metric)
-    coarse.add(centroids)
+    coarse = _make_coarse(centroids, layout.metric, coarse_search)
     shape = (centroids.shape[1], codebook.cells, codebook.sub_vectors, codebook.bits)
     index = layout.index(coarse, *shape, layout.metric)
     coarse.this.disown()
@@ -76,6 +86,20 @@ def create_shard(codebook: Codebook) -> faiss.IndexIVF:
     index.use_precomputed_table = -1
     index.is_trained = True
     return index
+
+
+def _make_coarse(centroids: FloatArray, metric: int, coarse_search: CoarseSearch) -> faiss.Index:
+    if coarse_search == "flat":
+        coarse = faiss.IndexFlat(centroids.shape[1], metric)
+    else:
+        coarse = faiss.IndexHNSWFlat(centroids.shape[1], HNSW_LINKS, metric)
+        coarse.hnsw.efConstruction = HNSW_WIDTH
+    threads = faiss.omp_get_max_threads()
+    # Several threads would link centroids in whatever order they come to them.
+    faiss.omp_set_num_threads(1)
+    coarse.add(centroids)
+    faiss.omp_set_num_threads(threads)
+    return coarse
 
 
 def fill_shard(index: faiss.IndexIVF, ids_N: IdArray, cells_N: IdArray, codes: CodeArray) -> None:
