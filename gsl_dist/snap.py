@@ -152,10 +152,10 @@ class SnapGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_ND: Tensor, layer: SnappingLayer) -> Tensor:
         """Give y as it is, or what its code stands for."""
-        cells_N, rest_ND = leave_over(y_ND, layer.codebook)
+        rest_ND = leave_over(y_ND, layer.codebook)[1]
         ctx.save_for_backward(rest_ND)
         ctx.layer = layer
-        return y_ND.view_as(y_ND) if layer.config.forward == "identity" else layer.decode(cells_N, rest_ND)
+        return y_ND.view_as(y_ND) if layer.config.forward == "identity" else layer.decode(y_ND, rest_ND)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -221,15 +221,13 @@ class SnappingLayer(nn.Module):
         self._note(grad_NGd, bent_NGd, aligned_NG)
         return _turn(bent_NGd.reshape_as(grad_ND), self.codebook, back=True)
 
-    def decode(self, cells_N: Tensor, rest_ND: Tensor) -> Tensor:
-        """Give what the nearest code of each row stands for.
+    def decode(self, y_ND: Tensor, rest_ND: Tensor) -> Tensor:
+        """Give what the nearest code of each row stands for: the row, with another rest.
 
-        Shapes: cells_N (N,), rest_ND (N, D) -> (N, D).
+        Shapes: y_ND (N, D); rest_ND (N, D), what the codewords stand for of each row -> (N, D).
         """
-        decoded_ND = self._find_near(rest_ND, 1)[:, :, 0].flatten(1)
-        if self.codebook.residual:
-            decoded_ND = decoded_ND + as_tensor(self.codebook.coarse, rest_ND)[cells_N]
-        return _turn(decoded_ND, self.codebook, back=True)
+        missed_ND = rest_ND - self._find_near(rest_ND, 1)[:, :, 0].flatten(1)
+        return y_ND - _turn(missed_ND, self.codebook, back=True)
 
     def _find_near(self, rest_ND: Tensor, k: int) -> Tensor:
         assert self._quantizer is not None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from reference import snap_in_loops, spring_in_loops
+from reference import place_in_loops, snap_in_loops, spring_in_loops
 
 from gsl_dist.codebook import Codebook
 from gsl_dist.quantizers import AdditiveConfig, decode, make_quantizer, open_quantizer, rotate
@@ -22,6 +22,7 @@ FALLBACKS = ("pass", "zero", "widen", "orthogonal")
 SHAPES = [
     (kind, rotated, residual) for kind in ("pq", "rq", "lsq") for rotated in (False, True) for residual in (False, True)
 ]
+SHAPES += [("vlq", rotated, True) for rotated in (False, True)]
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_coupling = pytest.mark.parametrize("variant", COUPLED)
 every_force = pytest.mark.parametrize("variant", FORCES)
@@ -47,9 +48,13 @@ def make_blocks(*, rows=24, parts=3, words=8, dims=4, dtype=torch.float64, seed=
 def make_codebook(kind="pq", rotated=False, *, dim=6, parts=2, words=8, cells=1, residual=False, seed=0):
     rng = np.random.default_rng(seed)
     coarse = rng.normal(size=(cells, dim)) * 3 if cells > 1 else np.zeros((1, dim))
-    books = rng.normal(size=(parts, words, dim // parts if kind == "pq" else dim))
+    books = rng.normal(size=(parts, words, dim // parts if kind in ("pq", "vlq") else dim))
     rotation = np.linalg.qr(rng.normal(size=(dim, dim)))[0] if rotated else None
-    return Codebook(coarse=coarse, books=books, residual=residual, kind=kind, rotation=rotation)
+    lines = {}
+    if kind == "vlq":
+        ends = np.stack([np.delete(np.arange(cells), cell) for cell in range(cells)])
+        lines = {"edges": ends, "levels": np.linspace(0, 0.6, 256), "feet": np.full(ends.shape, 0.3)}
+    return Codebook(coarse, books, residual, kind, rotation=rotation, **lines)
 
 
 def make_shape(kind, rotated, residual):
@@ -88,8 +93,7 @@ def snap_slowly(grad, y, codebook, config):
     """Bend the gradients of a batch in loops: turned, without what the cell explains, block by block, turned back."""
     turned, rest = rotate(grad, codebook), rotate(y, codebook)
     if codebook.residual:
-        coarse = torch.tensor(codebook.coarse, dtype=y.dtype)
-        rest = torch.stack([row - min(coarse, key=lambda cell: float((row - cell).norm())) for row in rest])
+        rest = torch.stack([torch.tensor(leave_slowly(row, codebook), dtype=y.dtype) for row in rest])
     blocks = (1 if codebook.additive else codebook.sub_vectors, -1)
     bent, aligned, pulls = snap_in_loops(
         turned.unflatten(1, blocks).tolist(), rest.unflatten(1, blocks).tolist(), list_candidates(codebook), config
@@ -97,6 +101,15 @@ def snap_slowly(grad, y, codebook, config):
     bent = torch.tensor(bent, dtype=y.dtype).flatten(1)
     back = bent if codebook.rotation is None else bent @ torch.tensor(codebook.rotation, dtype=y.dtype)
     return back, turned.unflatten(1, blocks), torch.tensor(aligned), pulls
+
+
+def leave_slowly(row, codebook):
+    """Give what the nearest cell, or its nearest line, leaves of a row."""
+    row, coarse = row.tolist(), codebook.coarse.astype(np.float64)
+    cell = int(np.square(coarse - row).sum(1).argmin())
+    if codebook.edges is None:
+        return row - coarse[cell]
+    return place_in_loops(row, cell, coarse.tolist(), codebook.edges.tolist(), codebook.levels.tolist())[2]
 
 
 def snap_gradient(grad, y, books, config):
