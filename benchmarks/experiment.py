@@ -100,7 +100,8 @@ class Run:
 
     def without_codes(self) -> Run:
         """Give the run of the same network and seed, whatever its codes are to be."""
-        alone = Arm(loss=self.config.loss, snap=SnapConfig(variant="none"))
+        any_will_do = next(iter(self.experiment.quantizers))
+        alone = Arm(quantizer=any_will_do, loss=self.config.loss, snap=SnapConfig(variant="none"))
         return replace(self, bits=BITS_A_BOOK, config=alone)
 
     @property
