@@ -1,133 +1,33 @@
 """The snapping layer against loops written from its formulas, and the three properties that it claims."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from reference import place_in_loops, snap_in_loops, spring_in_loops
+from reference import snap_in_loops
+from snapping import (
+    COUPLED,
+    VARIANTS,
+    every_dtype,
+    every_fallback,
+    every_shape,
+    every_variant,
+    find_pulls,
+    make_batch,
+    make_blocks,
+    make_codebook,
+    make_config,
+    make_layer,
+    make_shape,
+    quantize,
+    send_back,
+    snap_gradient,
+    snap_slowly,
+)
 
 from gsl_dist.codebook import Codebook
-from gsl_dist.quantizers import AdditiveConfig, decode, make_quantizer, open_quantizer, rotate
-from gsl_dist.quantizers.product import find_codewords
+from gsl_dist.quantizers import open_quantizer, rotate
 from gsl_dist.snap import SnapConfig, SnappingLayer
-from gsl_dist.snap import snap_gradient as snap_near
-
-ON_THE_LINE = ("project", "norm", "clamp", "rescale")
-VARIANTS = (*ON_THE_LINE, "blend", "add")
-COUPLED = ("penalty", "surgery")
-FORCES = (*COUPLED, "spring")
-FALLBACKS = ("pass", "zero", "widen", "orthogonal")
-SHAPES = [
-    (kind, rotated, residual) for kind in ("pq", "rq", "lsq") for rotated in (False, True) for residual in (False, True)
-]
-SHAPES += [("vlq", rotated, True) for rotated in (False, True)]
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
-every_coupling = pytest.mark.parametrize("variant", COUPLED)
-every_force = pytest.mark.parametrize("variant", FORCES)
-every_fallback = pytest.mark.parametrize("fallback", FALLBACKS)
-every_shape = pytest.mark.parametrize(
-    ("kind", "rotated", "residual"),
-    SHAPES,
-    ids=[f"{kind}{' rotated' * rotated}{' residual' * residual}" for kind, rotated, residual in SHAPES],
-)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-
-
-def make_config(variant, fallback="pass", **settings):
-    return SnapConfig(variant=variant, fallback=fallback, **{"beta": 0.6, "step": 2.0, "neighbours": 3} | settings)
-
-
-def make_blocks(*, rows=24, parts=3, words=8, dims=4, dtype=torch.float64, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    shapes = [(rows, parts, dims), (rows, parts, dims), (parts, words, dims)]
-    return [torch.randn(shape, generator=draw, dtype=dtype) for shape in shapes]
-
-
-def make_codebook(kind="pq", rotated=False, *, dim=6, parts=2, words=8, cells=1, residual=False, seed=0):
-    rng = np.random.default_rng(seed)
-    coarse = rng.normal(size=(cells, dim)) * 3 if cells > 1 else np.zeros((1, dim))
-    books = rng.normal(size=(parts, words, dim // parts if kind in ("pq", "vlq") else dim))
-    rotation = np.linalg.qr(rng.normal(size=(dim, dim)))[0] if rotated else None
-    lines = {}
-    if kind == "vlq":
-        ends = np.stack([np.delete(np.arange(cells), cell) for cell in range(cells)])
-        lines = {"edges": ends, "levels": np.linspace(0, 0.6, 256), "feet": np.full(ends.shape, 0.3)}
-    return Codebook(coarse, books, residual, kind, rotation=rotation, **lines)
-
-
-def make_shape(kind, rotated, residual):
-    """Give a codebook of few enough sums that the beam of a snapping layer holds them all."""
-    return make_codebook(kind, rotated, words=4, cells=3 if residual else 1, residual=residual)
-
-
-def make_batch(rows=40, dim=6, *, dtype=torch.float64, seed=1):
-    draw = torch.Generator().manual_seed(seed)
-    return [torch.randn(rows, dim, generator=draw, dtype=dtype) for _ in range(2)]
-
-
-def send_back(layer, y, grad):
-    """Give the gradient that reaches y when `grad` comes back."""
-    y = y.clone().requires_grad_()
-    layer(y).backward(grad)
-    return y.grad
-
-
-def quantize(y, codebook):
-    """Give what the nearest code of each row stands for, with a search that drops nothing."""
-    config = AdditiveConfig(kind="rq", books=codebook.sub_vectors, bits=codebook.bits)
-    quantizer = make_quantizer(config, codebook.dim) if codebook.additive else open_quantizer(codebook)
-    cells_N, codes = quantizer.encode(y, codebook)
-    return decode(cells_N, codes, codebook).to(y.dtype)
-
-
-def list_candidates(codebook):
-    """Give the codewords of each block: those of each book, or all the sums."""
-    if not codebook.additive:
-        return codebook.books.tolist()
-    return [[np.sum(words, axis=0).tolist() for words in itertools.product(*codebook.books.astype(np.float64))]]
-
-
-def snap_slowly(grad, y, codebook, config):
-    """Bend the gradients of a batch in loops: turned, without what the cell explains, block by block, turned back."""
-    turned, rest = rotate(grad, codebook), rotate(y, codebook)
-    if codebook.residual:
-        rest = torch.stack([torch.tensor(leave_slowly(row, codebook), dtype=y.dtype) for row in rest])
-    blocks = (1 if codebook.additive else codebook.sub_vectors, -1)
-    bent, aligned, pulls = snap_in_loops(
-        turned.unflatten(1, blocks).tolist(), rest.unflatten(1, blocks).tolist(), list_candidates(codebook), config
-    )
-    bent = torch.tensor(bent, dtype=y.dtype).flatten(1)
-    back = bent if codebook.rotation is None else bent @ torch.tensor(codebook.rotation, dtype=y.dtype)
-    return back, turned.unflatten(1, blocks), torch.tensor(aligned), pulls
-
-
-def leave_slowly(row, codebook):
-    """Give what the nearest cell, or its nearest line, leaves of a row."""
-    row, coarse = row.tolist(), codebook.coarse.astype(np.float64)
-    cell = int(np.square(coarse - row).sum(1).argmin())
-    if codebook.edges is None:
-        return row - coarse[cell]
-    return place_in_loops(row, cell, coarse.tolist(), codebook.edges.tolist(), codebook.levels.tolist())[2]
-
-
-def snap_gradient(grad, y, books, config):
-    """Snap among the codewords of product books."""
-    return snap_near(grad, y, lambda k: find_codewords(y, books, k), config)
-
-
-def make_layer(config, codebook, *, workers=1):
-    layer = SnappingLayer(config, workers=workers)
-    layer.set_codebook(codebook)
-    return layer
-
-
-def find_pulls(grad, y, books, config):
-    """Give the pulls to the chosen codewords, zero where none was aligned, and who was aligned."""
-    _, aligned, pulls = snap_in_loops(grad.tolist(), y.tolist(), books.tolist(), config)
-    zeros = [0.0] * y.shape[2]
-    return torch.tensor([[d or zeros for d in row] for row in pulls], dtype=y.dtype), torch.tensor(aligned)
 
 
 @every_dtype
@@ -379,113 +279,6 @@ def test_with_one_candidate_a_whole_row_is_pulled_to_what_its_code_stands_for(ki
     wanted = -grad.norm(dim=1, keepdim=True) * pull / pull.norm(dim=1, keepdim=True) * downhill[:, None]
     torch.testing.assert_close(bent, wanted, rtol=1e-4, atol=1e-5)
     assert downhill.any() and not downhill.all()
-
-
-def descend(y, target, weights, *, weight, quantized):
-    """Give the gradient of a similarity loss plus a share of the mean quantization error, by autograd."""
-    y = y.clone().requires_grad_()
-    loss = ((y - target).square() * weights).sum().log1p()
-    (loss + weight * (y - quantized).square().sum(1).mean()).backward()
-    return y.grad
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-@every_shape
-def test_penalty_equals_the_gradient_of_a_loss_with_the_quantization_error_added(kind, rotated, residual, workers):
-    codebook = make_shape(kind, rotated, residual)
-    y, target = make_batch()
-    weights = torch.linspace(0.1, 1, 6, dtype=y.dtype)
-    plain = descend(y, target, weights, weight=0, quantized=y)
-    wanted = descend(y, target, weights, weight=0.7, quantized=quantize(y, codebook))
-    layers = [make_layer(SnapConfig(variant="penalty", weight=0.7), codebook, workers=workers) for _ in range(workers)]
-    parts = zip(layers, y.chunk(workers), plain.chunk(workers), strict=True)
-    found = torch.cat([send_back(layer, part, grad) for layer, part, grad in parts])
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
-    assert not torch.allclose(found, plain, rtol=1e-2)
-
-
-@every_shape
-def test_surgery_takes_from_the_penalty_what_goes_against_the_gradient_and_nothing_else(kind, rotated, residual):
-    codebook = make_shape(kind, rotated, residual)
-    y, grad = make_batch()
-    bent, penalty = (
-        send_back(make_layer(SnapConfig(variant=variant, weight=8.0), codebook), y, grad) for variant in COUPLED[::-1]
-    )
-    along, size = (grad * bent).sum(1), grad.square().sum(1)
-    assert (along >= size - 1e-6).all()
-    conflict = (grad * (penalty - grad)).sum(1) < 0
-    assert conflict.any() and not conflict.all()
-    torch.testing.assert_close(bent[~conflict], penalty[~conflict])
-    torch.testing.assert_close(along[conflict], size[conflict])
-    # What is taken away lies along the gradient.
-    taken = torch.nn.functional.cosine_similarity(penalty - bent, grad, dim=1)[conflict]
-    torch.testing.assert_close(taken, -torch.ones_like(taken))
-
-
-@every_dtype
-@pytest.mark.parametrize("fallback", ["pass", "widen"])
-@pytest.mark.parametrize("neighbours", [1, 3, 100])
-def test_a_spring_equals_the_loop(neighbours, fallback, dtype):
-    config = make_config("spring", fallback, neighbours=neighbours, weight=7.0)
-    grad, y, books = make_blocks(dtype=dtype)
-    grad[3] = 0
-    bent, aligned = snap_gradient(grad, y, books, config)
-    slow = spring_in_loops(grad.tolist(), y.tolist(), books.tolist(), config, len(y))
-    assert 0 < aligned.float().mean() < 1
-    torch.testing.assert_close(bent.double(), torch.tensor(slow, dtype=torch.float64), rtol=2e-4, atol=2e-5)
-
-
-@every_shape
-def test_a_spring_pulls_without_raising_the_loss_to_first_order(kind, rotated, residual):
-    codebook = make_shape(kind, rotated, residual)
-    y, grad = make_batch(200)
-    bent = send_back(make_layer(make_config("spring", weight=50.0), codebook), y, grad)
-    assert ((grad * bent).sum(1) >= grad.square().sum(1) * (1 - 1e-5)).all()
-    assert not torch.allclose(bent, grad, rtol=1e-2)
-
-
-def test_a_spring_gets_nearer_to_the_codeword_it_chose_by_a_force_that_grows_with_the_distance():
-    config = make_config("spring", weight=5.0)
-    grad, y, books = make_blocks(rows=60)
-    bent, _ = snap_gradient(grad, y, books, config)
-    pull, aligned = find_pulls(grad, y, books, config)
-    torch.testing.assert_close((grad - bent)[aligned], 2 * 5.0 / 60 * pull[aligned])
-    assert (-(bent * pull).sum(-1)[aligned] > 0).all()
-
-
-@every_shape
-def test_without_a_gradient_a_spring_is_the_penalty(kind, rotated, residual):
-    codebook = make_shape(kind, rotated, residual)
-    y, _ = make_batch()
-    found = [
-        send_back(make_layer(make_config(variant, weight=4.0), codebook), y, torch.zeros_like(y))
-        for variant in ("spring", "penalty")
-    ]
-    torch.testing.assert_close(*found)
-    assert found[0].any()
-
-
-@pytest.mark.parametrize("fallback", ["zero", "orthogonal"])
-def test_a_spring_refuses_fallbacks_that_it_has_no_use_for(fallback):
-    with pytest.raises(ValidationError, match=r"fallback .* must be pass or widen with variant spring"):
-        make_config("spring", fallback)
-
-
-@every_force
-def test_the_force_of_a_penalty_does_not_depend_on_how_a_batch_is_shared(variant):
-    config, codebook = SnapConfig(variant=variant, weight=3.0), make_codebook()
-    y, grad = make_batch()
-    whole = send_back(make_layer(config, codebook), y, grad)
-    for workers in (2, 4):
-        layer = make_layer(config, codebook, workers=workers)
-        parts = [send_back(layer, part, g) for part, g in zip(y.chunk(workers), grad.chunk(workers), strict=True)]
-        torch.testing.assert_close(torch.cat(parts), whole)
-
-
-@every_force
-def test_without_weight_nothing_is_coupled(variant):
-    y, grad = make_batch()
-    assert torch.equal(send_back(make_layer(SnapConfig(variant=variant, weight=0), make_codebook()), y, grad), grad)
 
 
 @every_shape

@@ -62,7 +62,7 @@ class VectorStore:
     def write(self, path: Path) -> None:
         """Write the store as one file."""
         arrays = {"ids": self.ids_N, "vectors": self.kept_ND, "low": self.low_D, "step": self.step_D}
-        write_arrays(path, arrays, {"precision": "int8" if self.kept_ND.dtype == np.uint8 else "float16"})
+        write_arrays(path, arrays, {})
 
 
 def keep_vectors(ids_N: IdArray, x_ND: NDArray[np.floating], precision: Precision) -> VectorStore:

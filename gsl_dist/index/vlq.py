@@ -185,7 +185,7 @@ class LineLists:
 def open_tables(codebook: Codebook) -> Tables:
     """Give what a scan reads of a codebook."""
     assert codebook.edges is not None and codebook.feet is not None and codebook.levels is not None, codebook.kind
-    centre_D = codebook.coarse.mean(0, dtype=np.float64).astype(np.float32)
+    centre_D = _find_centre(codebook)
     coarse_CD = codebook.coarse - centre_D
     norms_C = np.square(coarse_CD).sum(1)
     # A line of each cell at a time: all at once they would be long.
@@ -219,7 +219,7 @@ def measure_squares(codebook: Codebook, regions_N: IdArray, codes: CodeArray) ->
     Shapes: (N,), (N, code_bytes) -> (N,) float32.
     """
     squares_N = np.empty(len(regions_N), np.float32)
-    centre_D = open_tables(codebook).centre_D
+    centre_D = _find_centre(codebook)
     for start in range(0, len(regions_N), _SQUARE_ROWS):
         some = slice(start, start + _SQUARE_ROWS)
         decoded_ND = codebook.rotate(codebook.decode(regions_N[some], codebook.unpack(codes[some])))
@@ -261,6 +261,10 @@ def open_lists(path: Path, codebook: Codebook) -> LineLists:
     if offsets_R[0] != 0 or offsets_R[-1] != rows or (np.diff(offsets_R) < 0).any():
         raise ArtefactError(str(path), f"its regions do not begin and end within its {rows} rows")
     return lists
+
+
+def _find_centre(codebook: Codebook) -> FloatArray:
+    return codebook.coarse.mean(0, dtype=np.float64).astype(np.float32)
 
 
 def _search_plainly(queries: Any, lines: Any, rows: Any, probes: int, answers: Any) -> None:

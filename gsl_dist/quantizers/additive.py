@@ -103,7 +103,7 @@ class AdditiveQuantizer:
             kind=config.kind,
         )
 
-    def prepare(self, x_ND: Tensor, codebook: Codebook, phase: str) -> Any:
+    def prepare(self, x_ND: Tensor, codebook: Codebook, phase: str) -> Tensor:
         """Give rows (1, N, D) as the phase sees them: for a book, all that the best sums of the books before it leave.
 
         Where all books are trained at once, give what cells leave over.
@@ -116,7 +116,7 @@ class AdditiveQuantizer:
         before_MKD = as_tensor(codebook.books[: _stage(phase)], x_ND)
         return search_beam(rest_ND, before_MKD, self.config.train_beam).rests_NLD.flatten(0, 1)[None]
 
-    def seed(self, codebook: Codebook, phase: str, sample: Any, rng: np.random.Generator) -> Codebook:
+    def seed(self, codebook: Codebook, phase: str, sample: Tensor, rng: np.random.Generator) -> Codebook:
         """Give the codebook with starting values for one phase, chosen from a prepared sample."""
         if phase in _HOLD:
             return codebook
@@ -127,7 +127,9 @@ class AdditiveQuantizer:
         nearest = sample[:, ::kept].numpy()
         return _replace_book(codebook, phase, _seed_inside(nearest[0], codebook.codewords, rng))
 
-    def assign(self, prepared: Any, codebook: Codebook, phase: str, search: CellSearch = AUTOMATIC) -> Stats | Touched:
+    def assign(
+        self, prepared: Tensor, codebook: Codebook, phase: str, search: CellSearch = AUTOMATIC
+    ) -> Stats | Touched:
         """Measure what `update` needs of these rows."""
         if phase in _HOLD:
             # From nothing every time, as the corpus will be searched: going on from the codes of the turn before, books
@@ -229,9 +231,7 @@ def search_sums(z_ND: Tensor, books_MKD: Tensor, width: int) -> Tensor:
     return torch.cat([search_beam(part, books_MKD, width).codes_NLM[:, 0] for part in z_ND.split(_CHUNK_ROWS)])
 
 
-def search_local(
-    z_ND: Tensor, codes_NM: Tensor, books_MKD: Tensor, *, restarts: int, sweeps: int = SWEEPS, seed: int = 0
-) -> Tensor:
+def search_local(z_ND: Tensor, codes_NM: Tensor, books_MKD: Tensor, *, restarts: int, sweeps: int = SWEEPS) -> Tensor:
     """Bring sums of codewords nearer: every choice again with the others fixed, random changes, and again.
 
     Shapes: z_ND (N, D), codes_NM (N, M), books_MKD (M, K, D) -> (N, M) int64.
@@ -241,7 +241,7 @@ def search_local(
         return _sweep(part_ND, part_NM, books_MKD, sweeps)
 
     books, words, _ = books_MKD.shape
-    return revisit_choices(z_ND, codes_NM, (books, words), sweep, restarts=restarts, seed=seed)
+    return revisit_choices(z_ND, codes_NM, (books, words), sweep, restarts=restarts)
 
 
 def revisit_choices(
@@ -251,7 +251,6 @@ def revisit_choices(
     sweep: Sweep,
     *,
     restarts: int,
-    seed: int = 0,
 ) -> Tensor:
     """Improve codes: `sweep` over all choices, then random changes and the same, keeping the best.
 
@@ -263,12 +262,11 @@ def revisit_choices(
         shape: the numbers of books and of codewords.
         sweep: chooses again; gives codes and what they cost.
         restarts: random changes tried.
-        seed: of the changes.
 
     Shapes: z_ND (N, D), codes_NM (N, M) -> (N, M) int64.
     """
     books, words = shape
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(0)
     changed = max(1, books // 2)
     changes = [
         (torch.randperm(books, generator=draw)[:changed], torch.randint(0, words, (changed,), generator=draw))

@@ -134,14 +134,11 @@ class LineQuantizer(ProductQuantizer):
         Shapes: queries_QD (Q, D), cells_N (N,) regions, codes_NM (N, M + 1) -> (Q, N) float32.
         """
         norms_N = decode(cells_N, codes_NM, codebook).square().sum(1)
-        turned_QD, (choices_NM, levels_N) = (
-            rotate(queries_QD, codebook),
-            codes_NM.long().split([codes_NM.shape[1] - 1, 1], 1),
-        )
+        turned_QD, choices_NM, levels_N = rotate(queries_QD, codebook), codes_NM[:, :-1].long(), codes_NM[:, -1].long()
         dots_QC = turned_QD @ as_tensor(codebook.coarse, turned_QD).T
         own_QN = dots_QC[:, cells_N // codebook.edge_count]
         other_QN = dots_QC[:, read_edges(codebook, turned_QD).flatten()[cells_N]]
-        found_QN = torch.lerp(own_QN, other_QN, read_levels(codebook, turned_QD)[levels_N[:, 0]])
+        found_QN = torch.lerp(own_QN, other_QN, read_levels(codebook, turned_QD)[levels_N])
         books_MKd = as_tensor(codebook.books, turned_QD)
         dots_QMK = torch.einsum("qmd,mkd->qmk", turned_QD.unflatten(1, books_MKd.shape[::2]), books_MKd)
         for part, choice_N in enumerate(choices_NM.T):
