@@ -171,6 +171,12 @@ def search(  # noqa: PLR0913 - the options of a command
     refine: Annotated[
         int | None, typer.Option(help="candidates for each hit, ranked by the vectors kept; by default 4 if they are")
     ] = None,
+    recall: Annotated[
+        float | None, typer.Option(help="share of the true neighbours, instead of probes and refine: see gsl tune")
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option(help='which items may be hits, as JSON: {"label": 3, "year": {"$gte": 1990}}')
+    ] = None,
     version: Annotated[str | None, typer.Option(help="a version of the folder; by default the promoted one")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -180,7 +186,7 @@ def search(  # noqa: PLR0913 - the options of a command
 
     Example: gsl search build/demo/index coat.png -k 5
     """
-    effort = Effort(k, probes, refine)
+    effort = Effort(k, probes, refine, recall, _read_json(where))
     hits = _search_service(target, query, effort) if "://" in target else _search_folder(target, query, effort, version)
     if as_json:
         shown = {"ids": hits.ids.tolist(), "distances": hits.distances.tolist(), "version": hits.version}
@@ -276,7 +282,7 @@ def _search_service(url: str, query: Path, effort: Effort) -> Hits:
     from gsl_dist.client import Client
 
     with Client(url) as client:
-        return client.search(_read_vectors(query), effort.k, effort.probes, refine=effort.refine)
+        return client.search(_read_vectors(query), **effort._asdict())
 
 
 def _search_folder(index: str, query: Path, effort: Effort, version: str | None) -> Hits:
@@ -284,7 +290,7 @@ def _search_folder(index: str, query: Path, effort: Effort, version: str | None)
 
     searcher = open_searcher(index, version)
     if _is_vectors(query):
-        return searcher.search(_read_vectors(query), effort.k, probes=effort.probes, refine=effort.refine)
+        return searcher.search(_read_vectors(query), **effort._asdict())
     from gsl_dist.cluster.evaluate import embed_queries
 
     manifest = searcher.manifest
@@ -292,7 +298,14 @@ def _search_folder(index: str, query: Path, effort: Effort, version: str | None)
     if shape is None or not manifest.model:
         raise BadInput("query", str(query), f"version {manifest.version} has no image encoder; give .npy or .fvecs")
     embedded = embed_queries(index, manifest, _read_image(query, shape)[None])
-    return searcher.search(embedded, effort.k, probes=effort.probes, refine=effort.refine)
+    return searcher.search(embedded, **effort._asdict())
+
+
+def _read_json(where: str | None) -> Any:
+    try:
+        return where and json.loads(where)
+    except ValueError as error:
+        raise BadInput("where", where, f"it must be JSON ({error})") from None
 
 
 def _is_vectors(query: Path) -> bool:

@@ -1,12 +1,14 @@
 """The way to a running service from Python: numpy in, `Hits` out.
 
 `Client.search` gives the answer that the local searcher and the router give. Queries travel as raw float32 over one
-persistent connection. Distances are squared L2, smaller is nearer; where a query has fewer than k hits, the id is -1.
+persistent connection. Distances are squared L2, smaller is nearer; or inner products or cosines, larger is nearer,
+where that is the metric of the version. Where a query has fewer than k hits, the id is -1.
 Importing this module loads neither torch, Ray nor faiss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -33,13 +35,15 @@ class Client:
         self.url = url.rstrip("/")
         self._http = httpx.Client(timeout=timeout_s)
 
-    def search(
+    def search(  # noqa: PLR0913 - what a query may ask for
         self,
         queries: ArrayLike,
         k: int = 10,
         probes: int | None = None,
         *,
         refine: int | None = None,
+        recall: float | None = None,
+        where: Mapping[str, Any] | None = None,
         require_all: bool = False,
     ) -> Hits:
         """Give the k nearest items of each query.
@@ -49,6 +53,8 @@ class Client:
             k: neighbours wanted for each.
             probes: lists to look into, cells or regions; by default 16 cells, or all if there are fewer.
             refine: candidates for each hit, ranked again by the vectors kept; by default 4 where they are.
+            recall: the share of true neighbours to find, instead of probes and refine, as `gsl tune` measured it.
+            where: which items may be hits, by payload columns and `id` (`gsl_dist.filters`).
             require_all: take no answer rather than a partial one.
 
         Shapes: queries (Q, D) or (D,) -> ids (Q, k) int64, distances (Q, k) float32.
@@ -57,7 +63,7 @@ class Client:
             ShardUnavailable: no shard answered, or one did not and all are required.
             GslError: there is no service at the url, or it failed.
         """
-        body = pack_query(_as_matrix(queries), Effort(k, probes, refine))
+        body = pack_query(_as_matrix(queries), Effort(k, probes, refine, recall, where))
         path = "/v1/search?require_all=true" if require_all else "/v1/search"
         answer = self._send("POST", path, content=body, headers={"content-type": QUERY_TYPE})
         if answer.headers.get("content-type") != HITS_TYPE:

@@ -10,6 +10,9 @@ then a region, the cell and the line, and the last number of a code is the level
 every array and flag that decides what a code stands for; codes, shards and manifests carry it, so that a code is never
 read with another codebook than the one that wrote it.
 
+What nearest means is the codebook's to say, so that it is the same wherever codes go. Cells and codes are by distance
+whatever it is; where it is the cosine, all vectors have length 1, and the nearest is the same.
+
 Codewords that learned to rank may lie elsewhere than those by which codes were found when they learned. The latter are
 kept as `landing`: codes of further vectors are found by them too. What a code stands for does not depend on them.
 
@@ -36,6 +39,9 @@ from gsl_dist.errors import ArtefactError
 from gsl_dist.storage import Folder
 
 KINDS = ("pq", "rq", "lsq", "cq", "vlq")
+METRICS = ("l2", "ip", "cosine")
+"""What nearest means: least squared distance, largest inner product, or largest cosine."""
+
 LEVELS = 256
 """Levels along a line: what one byte tells apart."""
 
@@ -75,6 +81,7 @@ class Codebook:
         feet: how far along each line its rows lie on average, which tells queries where to look; with `edges`.
         landing: the codewords by which codes are found, where these are others than `books`.
         landing_bias: their biases, in a composite codebook.
+        metric: what nearest means; composite codes and those of lines know no inner products.
 
     Shapes: coarse (C, D), books and landing (M, K, d), rotation (D, D), bias and landing_bias (M, K), levels (L,), all
         float32; edges (C, E) int32, feet (C, E) float32.
@@ -91,6 +98,7 @@ class Codebook:
     feet: FloatArray | None = None
     landing: FloatArray | None = None
     landing_bias: FloatArray | None = None
+    metric: str = "l2"
 
     def __post_init__(self) -> None:
         for name, array in self.arrays().items():
@@ -99,6 +107,7 @@ class Codebook:
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         assert self.kind in KINDS, self.kind
+        assert self.metric in METRICS and (self.metric != "ip" or self.kind not in ("cq", "vlq")), self.metric
         assert self.coarse.shape[1] == self.dim, (self.coarse.shape, self.books.shape)
         assert self.codewords == 1 << self.bits <= 256, self.books.shape
         assert (self.bias is not None) == (self.kind == "cq"), self.kind
@@ -221,6 +230,25 @@ class Codebook:
         decoded = decoded + self._anchor(cells_N, codes_NM) if self.residual else decoded
         return decoded if self.rotation is None else decoded @ self.rotation
 
+    def measure(
+        self, queries_QD: FloatArray, lists_n: NDArray[np.integer], codes_nM: NDArray[np.integer]
+    ) -> FloatArray:
+        """Give how far each query is from what each code stands for: what lists answer, without lists.
+
+        Squared distances, or negative inner products where these are the metric.
+
+        Shapes: (Q, D), (n,), (n, choices) -> (Q, n) float32.
+        """
+        decoded_nD = self.decode(lists_n, codes_nM)
+        dots_Qn = queries_QD @ decoded_nD.T
+        if self.metric == "ip":
+            return -dots_Qn
+        lengths_Q1 = np.square(queries_QD).sum(1, keepdims=True)
+        if self.bias is None:
+            return np.maximum(np.square(decoded_nD).sum(1) - 2 * dots_Qn + lengths_Q1, 0)
+        biases_n = np.sum([bias[codes] for bias, codes in zip(self.bias, codes_nM.T, strict=True)], axis=0)
+        return lengths_Q1 - 2 * (dots_Qn + biases_n)
+
     def _anchor(self, lists_N: NDArray[np.integer], codes_NM: NDArray[np.integer]) -> FloatArray:
         """Give what residuals are residuals of: the centroid, or the point on the line."""
         if self.edges is None or self.levels is None:
@@ -268,4 +296,6 @@ class Codebook:
         return codebook
 
     def _flags(self) -> dict[str, str | bool]:
-        return {"kind": self.kind, "residual": self.residual}
+        # Codebooks of distances keep the fingerprints that they had before there was anything else.
+        metric: dict[str, str | bool] = {} if self.metric == "l2" else {"metric": self.metric}
+        return metric | {"kind": self.kind, "residual": self.residual}

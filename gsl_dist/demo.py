@@ -35,6 +35,7 @@ from gsl_dist.data import FASHION_CLASSES, Batch, CorpusConfig, fashion_folder, 
 from gsl_dist.encoders import Encoder
 from gsl_dist.evaluate import evaluate_map, quantization_error
 from gsl_dist.fit import embed
+from gsl_dist.hits import Effort
 from gsl_dist.index.lists import make_lists
 from gsl_dist.index.manifest import Manifest, open_version
 from gsl_dist.index.search import LocalSearcher, open_searcher
@@ -237,7 +238,7 @@ def score_representations(encoder: Encoder, codebook: Codebook, held: Held) -> S
     cells_N, codes_NM = (part.numpy() for part in open_quantizer(codebook).encode(y_ND, codebook))
     lists = make_lists(codebook, held.database.ids, cells_N, codebook.pack(codes_NM))
     searcher = LocalSearcher(_blank_manifest(codebook), codebook, lists, ("shard-00000",))
-    hits = searcher.search_checked(queries_QD, len(y_ND), codebook.lists)
+    hits = searcher.find(queries_QD, Effort(len(y_ND), codebook.lists, 1))
     order = np.argsort(held.database.ids)
     labels = held.database.ids[order], labels_of(held.database)[order]
     ranked = evaluate_map(hits, labels_of(held.queries), labels, query_ids=held.queries.ids)

@@ -21,8 +21,10 @@ IntArray = NDArray[np.integer]
 BoolArray = NDArray[np.bool_]
 
 
-def rank_exact(queries_QD: FloatArray, items_ND: FloatArray, k: int) -> Hits:
-    """Rank the k nearest items of each query by squared L2, in float32; an id is a row number of `items_ND`.
+def rank_exact(queries_QD: FloatArray, items_ND: FloatArray, k: int, metric: str = "l2") -> Hits:
+    """Rank the k nearest items of each query in float32; an id is a row number of `items_ND`.
+
+    By squared L2, which for vectors of length 1 is by cosine; with metric `ip` by negative inner products.
 
     Distances come from a matrix product, so they carry its rounding (about 1e-7 of the squared norms).
 
@@ -37,6 +39,9 @@ def rank_exact(queries_QD: FloatArray, items_ND: FloatArray, k: int) -> Hits:
     if not 1 <= k <= len(items_ND):
         raise BadInput("k", k, f"it must lie between 1 and the number of items, {len(items_ND)}")
     queries, items = (np.ascontiguousarray(table, dtype=np.float32) for table in (queries_QD, items_ND))
+    if metric == "ip":
+        products, ids = faiss.knn(queries, items, k, faiss.METRIC_INNER_PRODUCT)
+        return Hits(ids, -products, shards_answered=1, shards_total=1)
     distances, ids = faiss.knn(queries, items, k)
     return Hits(ids, distances, shards_answered=1, shards_total=1)
 

@@ -1,17 +1,17 @@
 """What a search is asked for and what it answers, and how answers of several shards become one.
 
-`Effort` is how many hits are wanted and how hard to look for them; it travels with the query. `Hits` is the one result
-of the local searcher, the router and the client. It says how many shards answered, so that a partial answer shows that
-it is partial.
+`Effort` is how many hits are wanted, which, and how hard to look for them; it travels with the query. `Hits` is the one
+result of the local searcher, the router and the client. It says how many shards answered, so that a partial answer
+shows that it is partial.
 """
 
 # Shapes: Q queries, k neighbours, S answers to merge
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,17 +22,21 @@ FAR = np.float32(np.finfo(np.float32).max)
 
 
 class Effort(NamedTuple):
-    """How many hits a query wants, and how hard to look for them; None stands for what is usual for the version.
+    """What a query wants, and how hard to look for it; None stands for what is usual for the version.
 
     Args:
         k: neighbours wanted.
         probes: lists to look into.
         refine: candidates for each hit, ranked again by the vectors that the version keeps; 1: codes alone.
+        recall: share of the true neighbours to find; it stands for probes and refine that `gsl tune` measured.
+        where: which items may be hits (`gsl_dist.filters`).
     """
 
     k: int = 10
     probes: int | None = None
     refine: int | None = None
+    recall: float | None = None
+    where: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Hits:
 
     Args:
         ids: int64, -1 where there is no further hit.
-        distances: squared L2, smaller is nearer; the largest float32 where the id is -1.
+        distances: squared L2, smaller is nearer, and the largest float32 where the id is -1; what leaves the system is
+            turned by `show_distances` where the metric is another.
         shards_answered: how many shards took part.
         shards_total: how many the version has.
         version: the version that answered.
@@ -87,6 +92,17 @@ def merge_topk(answers: Sequence[Hits], k: int) -> Hits:
     answered = sum(answer.shards_answered for answer in answers)
     total = max(answered, max(answer.shards_total for answer in answers))
     return Hits(ids, distances, answered, total, answers[0].version)
+
+
+def show_distances(hits: Hits, metric: str) -> Hits:
+    """Give hits as users see them: with inner products or cosines, larger is nearer, where that is the metric.
+
+    Inside, smaller is nearer everywhere: an inner product is negative, a cosine a squared distance of unit vectors.
+    """
+    if metric == "l2":
+        return hits
+    shown = -hits.distances if metric == "ip" else 1 - hits.distances / 2
+    return replace(hits, distances=np.where(hits.ids == NO_ID, -FAR, shown).astype(np.float32))
 
 
 def _take_nearest(

@@ -4,7 +4,7 @@ A body is a fixed little-endian header (a magic word, the format's version, coun
 the header are claims: the length they imply must be the length of the body, so that no count is ever trusted. Arrays
 are read where they lie, without a copy.
 
-    query   GSLQ  version  queries  dim  k  probes  refine  | queries x dim float32
+    query   GSLQ  version  queries  dim  k  probes  refine  filter bytes  recall | queries x dim float32 | filter, JSON
     hits    GSLH  version  name bytes  queries  k  answered  total | ids int64 | distances float32 | version name
 
 This module knows neither HTTP nor gRPC.
@@ -14,8 +14,10 @@ This module knows neither HTTP nor gRPC.
 
 from __future__ import annotations
 
+import json
 import operator
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,12 +27,12 @@ from gsl_dist.errors import QueryError
 from gsl_dist.hits import Effort, Hits
 
 QUERY_TYPE, HITS_TYPE = "application/x-gsl-query", "application/x-gsl-hits"
-FORMAT = 2
+FORMAT = 3
 HIT_BYTES = 12
 """What one hit takes: an int64 id and a float32 distance."""
 
 # Both headers are whole multiples of eight bytes, so that the arrays behind them are aligned.
-_QUERY_HEAD = struct.Struct("<4sB3xIIIII4x")
+_QUERY_HEAD = struct.Struct("<4sB3xIIIIIIf4x")
 _HITS_HEAD = struct.Struct("<4sBxHIIII")
 _LARGEST = 2**32 - 1
 
@@ -42,11 +44,13 @@ def pack_query(queries: NDArray[np.float32], effort: Effort) -> bytes:
 
     Shapes: queries (Q, D) float32.
     Raises:
-        QueryError: a number of the effort is no whole number above zero.
+        QueryError: a count is no whole number above zero, recall is no share, or the filter is nothing that JSON knows.
     """
-    asked = [0 if value is None else _count(name, value) for name, value in effort._asdict().items()]
-    counts = len(queries), queries.shape[1], *asked
-    return _QUERY_HEAD.pack(b"GSLQ", FORMAT, *counts) + np.ascontiguousarray(queries, "<f4").tobytes()
+    counted = zip(Effort._fields[:3], effort[:3], strict=True)
+    asked = [0 if value is None else _count(name, value) for name, value in counted]
+    where = b"" if effort.where is None else _write_where(effort.where)
+    counts = len(queries), queries.shape[1], *asked, len(where), _check_share(effort.recall)
+    return b"".join((_QUERY_HEAD.pack(b"GSLQ", FORMAT, *counts), np.ascontiguousarray(queries, "<f4").tobytes(), where))
 
 
 def unpack_query(body: bytes) -> tuple[NDArray[np.float32], Effort]:
@@ -56,10 +60,13 @@ def unpack_query(body: bytes) -> tuple[NDArray[np.float32], Effort]:
     Raises:
         QueryError: another format, or a length that its header does not account for.
     """
-    rows, dim, k, probes, refine = _read_head(_QUERY_HEAD, b"GSLQ", body)
-    _expect_length(body, _QUERY_HEAD.size + 4 * rows * dim)
+    rows, dim, k, probes, refine, where_bytes, recall = _read_head(_QUERY_HEAD, b"GSLQ", body)
+    where_at = _QUERY_HEAD.size + 4 * rows * dim
+    _expect_length(body, where_at + where_bytes)
     queries = np.frombuffer(body, "<f4", rows * dim, _QUERY_HEAD.size).reshape(rows, dim)
-    return queries, Effort(k, probes or None, refine or None)
+    where = _read_where(body[where_at:]) if where_bytes else None
+    # As few digits as tell a float32 from its neighbours: .95 comes back as .95.
+    return queries, Effort(k, probes or None, refine or None, float(str(np.float32(recall))) if recall else None, where)
 
 
 def pack_hits(hits: Hits) -> bytes:
@@ -88,7 +95,29 @@ def unpack_hits(body: bytes) -> Hits:
     return Hits(ids, distances, answered, total, version)
 
 
-def _read_head(head: struct.Struct, magic: bytes, body: bytes) -> tuple[int, ...]:
+def _write_where(where: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(where).encode()
+    except (TypeError, ValueError) as error:
+        raise QueryError("where", where, f"it must be strings, numbers, true and false alone ({error})") from None
+
+
+def _read_where(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise QueryError("where", "the filter of the body", f"it must be JSON ({error})") from None
+
+
+def _check_share(recall: Any) -> float:
+    if recall is None:
+        return 0.0
+    if isinstance(recall, bool) or not isinstance(recall, (int, float)) or not 0 < recall <= 1:
+        raise QueryError("recall", recall, "it must be a share above 0 and up to 1")
+    return float(recall)
+
+
+def _read_head(head: struct.Struct, magic: bytes, body: bytes) -> tuple[Any, ...]:
     if len(body) < head.size:
         raise QueryError("body", f"{len(body)} bytes", f"it must begin with a header of {head.size} bytes")
     word, version, *counts = head.unpack_from(body)

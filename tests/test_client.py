@@ -35,7 +35,7 @@ def test_anything_like_an_array_is_sent_as_float32_rows(queries):
 
     hits = answering(handle).search(queries, 2, 4)
     path, (rows, effort) = sent[0]
-    assert (path, rows.shape, effort) == ("/v1/search", (1, 3), (2, 4, None))
+    assert (path, rows.shape, effort) == ("/v1/search", (1, 3), (2, 4, None, None, None))
     assert hits.is_partial and hits.ids.tolist() == [[4, -1]]
 
 

@@ -3,13 +3,23 @@ import pytest
 
 from gsl_dist.errors import QueryError
 from gsl_dist.hits import Effort, Hits
-from gsl_dist.wire import pack_hits, pack_query, unpack_hits, unpack_query
+from gsl_dist.wire import QUERY_HEAD_BYTES, pack_hits, pack_query, unpack_hits, unpack_query
 
 QUERIES = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 HITS = Hits(np.arange(6).reshape(3, 2), np.arange(6, dtype=np.float32).reshape(3, 2), 2, 3, "v1.é")
 
 
-@pytest.mark.parametrize("effort", [Effort(), Effort(10, 7), Effort(3, None, 5), Effort(1, 2, 3)])
+@pytest.mark.parametrize(
+    "effort",
+    [
+        Effort(),
+        Effort(10, 7),
+        Effort(3, None, 5),
+        Effort(1, 2, 3),
+        Effort(5, recall=0.95),
+        Effort(5, 2, where={"$or": [{"é": {"$in": [1, 2.5, True]}}, {"$not": {"a": "b"}}]}),
+    ],
+)
 def test_a_query_comes_back_as_it_was(effort):
     queries, asked = unpack_query(pack_query(QUERIES, effort))
     assert np.array_equal(queries, QUERIES) and queries.dtype == np.float32
@@ -62,9 +72,19 @@ def test_a_name_that_is_not_text_is_refused():
 
 @pytest.mark.parametrize(
     "field, value",
-    [("k", 0), ("k", -1), ("k", 1.5), ("k", True), ("k", 2**40), ("probes", 0), ("probes", "4"), ("refine", 0)],
+    [("k", 0), ("k", -1), ("k", 1.5), ("k", True), ("k", 2**40), ("probes", 0), ("probes", "4"), ("refine", 0)]
+    + [("recall", value) for value in (0, 1.5, "0.9", True, float("nan"))]
+    + [("where", {"a": object()})],
 )
-def test_counts_that_are_no_counts_are_named(field, value):
+def test_numbers_that_are_none_are_named(field, value):
     with pytest.raises(QueryError) as caught:
         pack_query(QUERIES, Effort(**{field: value}))
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("where", [b"{", b"\xff\xff", b"[" * 5000])
+def test_a_filter_that_is_not_json_is_refused(where):
+    body = bytearray(pack_query(QUERIES, Effort(where={"a": 1})))
+    body[28:32] = len(where).to_bytes(4, "little")
+    with pytest.raises(QueryError, match="where: "):
+        unpack_query(bytes(body[: QUERY_HEAD_BYTES + QUERIES.nbytes]) + where)

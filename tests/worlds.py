@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from gsl_dist.codebook import Codebook
 from gsl_dist.index.lists import make_lists, name_file
@@ -19,7 +20,7 @@ from gsl_dist.index.refine import keep_vectors
 from gsl_dist.storage import Folder
 
 
-def make_codebook(kind="pq", *, bits=4, cells=8, residual=True, rotated=False, dim=16, choices=8, seed=0):
+def make_codebook(kind="pq", *, bits=4, cells=8, residual=True, rotated=False, dim=16, choices=8, seed=0, metric="l2"):
     """Give a codebook of random numbers, with a random rotation if `rotated`."""
     rng = np.random.default_rng(seed)
     books = rng.normal(size=(choices, 1 << bits, dim // choices if kind in ("pq", "vlq") else dim))
@@ -27,7 +28,7 @@ def make_codebook(kind="pq", *, bits=4, cells=8, residual=True, rotated=False, d
     rotation = np.linalg.qr(rng.normal(size=(dim, dim)))[0] if rotated else None
     bias = rng.normal(size=books.shape[:2]) if kind == "cq" else None
     lines = draw_lines(cells, rng) if kind == "vlq" else {}
-    return Codebook(coarse, books, residual, kind, rotation=rotation, bias=bias, **lines)
+    return Codebook(coarse, books, residual, kind, rotation=rotation, bias=bias, metric=metric, **lines)
 
 
 def draw_lines(cells, rng, *, edges=4):
@@ -46,11 +47,13 @@ def make_rows(codebook, rows=300, *, seed=1):
     return ids, rng.integers(codebook.lists, size=rows), codebook.pack(codes)
 
 
-def make_index(folder, *, rows=400, dim=16, cells=8, shards=3, seed=0, version="v1", codebook=None, vectors=None):
+def make_index(
+    folder, *, rows=400, dim=16, cells=8, shards=3, seed=0, version="v1", codebook=None, vectors=None, payload=None
+):
     """Publish and promote a version of random codes in `folder`, and give its manifest.
 
     The codes depend on the seed alone: the same rows, dealt out to however many shards. With `vectors`, a precision,
-    the version keeps those of `make_vectors`.
+    the version keeps those of `make_vectors`; `payload` is a table with a row for each id in order.
     """
     codebook = codebook or make_codebook(dim=dim, cells=cells, seed=seed)
     _, cells_N, codes = make_rows(codebook, rows, seed=seed + 1)
@@ -67,7 +70,12 @@ def make_index(folder, *, rows=400, dim=16, cells=8, shards=3, seed=0, version="
         if vectors:
             keep_vectors(ids_N, make_vectors(rows, dim)[ids_N], vectors).write(Path(place.path(f"{name}.vectors")))
             kept = place.pin(f"{name}.vectors")
-        entries.append(ShardEntry(name=name, rows=len(ids_N), index=place.pin(file), vectors=kept))
+        entry = ShardEntry(name=name, rows=len(ids_N), index=place.pin(file), vectors=kept)
+        if payload is not None:
+            columns = payload.take(ids_N).add_column(0, "id", [ids_N])
+            pq.write_table(columns, place.path(f"{name}.parquet"))
+            entry = entry.model_copy(update={"payload": place.pin(f"{name}.parquet")})
+        entries.append(entry)
     manifest = Manifest(
         version=version,
         created="2026-01-01T00:00:00+00:00",

@@ -43,8 +43,8 @@ from gsl_dist.wire import HIT_BYTES, HITS_TYPE, QUERY_TYPE, pack_hits, unpack_qu
 _log = logging.getLogger(__name__)
 
 _CODES = {400: "bad_input", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-_KEYS = {"vectors", "k", "probes", "refine", "require_all", "version"}
-_DEFAULT_K = 10
+_KEYS = {"vectors", *Effort._fields, "require_all", "version"}
+_COUNTS = ("k", "probes", "refine")
 _KEEP_ALIVE_S = 75
 
 
@@ -54,7 +54,7 @@ class Searching(Protocol):
     manifest: Manifest
 
     async def search(  # noqa: D102
-        self, queries: NDArray[np.float32], k: int, *, probes: int | None, refine: int | None, require_all: bool
+        self, queries: NDArray[np.float32], effort: Effort, *, require_all: bool
     ) -> Hits: ...
 
 
@@ -88,10 +88,7 @@ def create_app(searching: Searching, index: str, limits: Limits = Limits()) -> F
     @app.post("/v1/search", summary="Find the nearest items", openapi_extra=_SEARCH_DOC)
     async def search(request: Request) -> Response:
         question = await read_question(request, manifest, limits)
-        k, probes, refine = question.effort
-        hits = await searching.search(
-            question.queries, k, probes=probes, refine=refine, require_all=question.require_all
-        )
+        hits = await searching.search(question.queries, question.effort, require_all=question.require_all)
         if _is_binary(request):
             return Response(pack_hits(hits), media_type=HITS_TYPE)
         return _answer(_show_hits(hits))
@@ -103,7 +100,8 @@ def create_app(searching: Searching, index: str, limits: Limits = Limits()) -> F
 
     @app.get("/healthz", summary="Tell whether shards answer")
     async def health() -> Response:
-        hits = await searching.search(np.zeros((1, manifest.dim), np.float32), 1, probes=1, refine=1, require_all=False)
+        anything = np.ones((1, manifest.dim), np.float32)
+        hits = await searching.search(anything, Effort(1, 1, 1), require_all=False)
         status = "partial" if hits.is_partial else "ok"
         return _answer({"status": status, **_show_share(hits.shards_answered, hits.shards_total, manifest.version)})
 
@@ -132,11 +130,11 @@ async def read_question(request: Request, manifest: Manifest, limits: Limits) ->
         raise QueryError("version", version, f"{manifest.version} is the version served here", 404)
     if not isinstance(vectors, np.ndarray):
         vectors = _read_rows(vectors, manifest.dim)
-    effort = check_effort(Effort(fields.get("k", _DEFAULT_K), fields.get("probes"), fields.get("refine")), manifest)
+    effort = check_effort(Effort(**{name: fields[name] for name in Effort._fields if name in fields}), manifest)
     if effort.k * len(vectors) * HIT_BYTES > limits.body_bytes:
         most = limits.body_bytes // HIT_BYTES
         raise QueryError("k", effort.k, f"k times the {len(vectors)} queries may be at most {most}", 413)
-    return Question(check_queries(vectors, manifest.dim), effort, fields.get("require_all", False))
+    return Question(check_queries(vectors, manifest.dim, manifest.metric), effort, fields.get("require_all", False))
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -185,7 +183,7 @@ def _read_json(body: bytes, params: Mapping[str, str]) -> dict[str, Any]:
         # None stands for the default; a bool is an int to Python, but not to a caller.
         if fields.get(name) is None:
             fields.pop(name, None)
-        elif type(fields[name]) is not int:
+        elif name in _COUNTS and type(fields[name]) is not int:
             raise QueryError(name, fields[name], "it must be a whole number")
     if type(fields.get("require_all", False)) is not bool:
         raise QueryError("require_all", fields["require_all"], "it must be true or false")
@@ -320,11 +318,9 @@ class Handover:
     def __init__(self, door: DirectDoor) -> None:
         self.manifest, self._router, self._loop = door.router.manifest, door.router, door.loop
 
-    async def search(
-        self, queries: NDArray[np.float32], k: int, *, probes: int | None, refine: int | None, require_all: bool
-    ) -> Hits:
+    async def search(self, queries: NDArray[np.float32], effort: Effort, *, require_all: bool) -> Hits:
         """Search on the router's loop and wait for it on this one."""
-        work = self._router.search(queries, k, probes=probes, refine=refine, require_all=require_all)
+        work = self._router.search(queries, effort, require_all=require_all)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
 
@@ -355,12 +351,23 @@ _SEARCH_DOC: dict[str, Any] = {
                     "additionalProperties": False,
                     "properties": {
                         "vectors": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
-                        "k": {"type": "integer", "minimum": 1, "default": _DEFAULT_K},
+                        "k": {"type": "integer", "minimum": 1, "default": Effort().k},
                         "probes": {"type": "integer", "minimum": 1, "description": "by default 16 cells, or every one"},
                         "refine": {
                             "type": "integer",
                             "minimum": 1,
                             "description": "candidates a hit, ranked by the vectors kept; by default 4 where they are",
+                        },
+                        "recall": {
+                            "type": "number",
+                            "exclusiveMinimum": 0,
+                            "maximum": 1,
+                            "description": "share of the true neighbours, instead of probes and refine: gsl tune",
+                        },
+                        "where": {
+                            "type": "object",
+                            "description": 'which items may be hits: {"label": 3, "year": {"$gte": 1990}}; $ne $gt '
+                            "$gte $lt $lte $in $nin $exists on columns, $and $or $not around filters",
                         },
                         "require_all": {
                             "type": "boolean",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,9 +26,9 @@ from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_q
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import CorpusConfig, open_corpus
-from gsl_dist.errors import ConfigError
+from gsl_dist.errors import ConfigError, DataError
 from gsl_dist.fit import embed
-from gsl_dist.quantizers import LloydConfig, QuantizerConfig, Rows, Trained, make_quantizer
+from gsl_dist.quantizers import LineConfig, LloydConfig, QuantizerConfig, Rows, Trained, make_quantizer
 from gsl_dist.quantizers.coordinate import Turn
 from gsl_dist.ranked import Gain, RankedConfig, earn_ranked
 from gsl_dist.storage import Folder
@@ -43,6 +44,10 @@ class CodebookConfig(Strict):
     model: Location | None = Field(default=None, description="the model folder; None: the corpus holds vectors")
     corpus: CorpusConfig | None = Field(default=None, description="what to fit to, for `fitted`")
     quantizer: QuantizerConfig | None = Field(default=None, description="the shape, for `fitted`")
+    metric: Literal["l2", "ip", "cosine"] = Field(
+        default="l2",
+        description="what nearest means, for `fitted`: distance, inner product, or cosine of vectors of length 1",
+    )
     lloyd: LloydConfig = LloydConfig()
     ranked: RankedConfig | None = Field(default=None, description="teach a fitted codebook to rank; None: leave it")
     seed: int = Field(default=0, ge=0)
@@ -56,6 +61,12 @@ class CodebookConfig(Strict):
             raise ValueError("source: trained is the codebook that the network landed on; ranked is for fitted")
         if self.source == "fitted" and (self.corpus is None or self.quantizer is None):
             raise ValueError("source: fitted takes a corpus and a quantizer")
+        if self.source == "trained" and self.metric != "l2":
+            raise ValueError("source: trained lands by distances; metric is for fitted")
+        if self.metric == "ip" and self.ranked:
+            raise ValueError("ranked learns which rows are near; with metric: ip there is no such thing")
+        if self.metric == "ip" and isinstance(self.quantizer, LineConfig):
+            raise ValueError("metric: ip is nothing that lines (vlq) can measure: take l2, or cosine")
         if self.ranked and self.ranked.scores == "tables" and self.quantizer and _codes_residuals(self.quantizer):
             raise ValueError("ranked.scores: tables needs codes of whole vectors: quantizer.residual must be false")
         return self
@@ -75,7 +86,10 @@ def run_codebook(config: CodebookConfig, progress: Progress = stay_quiet) -> Car
     folder = Folder(config.output)
     inputs = [open_corpus(config.corpus).fingerprint] if config.corpus else []
     inputs += [open_card(Folder(config.model), "model").made_by] if config.model else []
-    made_by = fingerprint_config(config.model_dump(mode="json", exclude={"output", "resources"}), inputs)
+    decided = config.model_dump(mode="json", exclude={"output", "resources"})
+    if config.metric == "l2":
+        del decided["metric"]  # folders made before there were others stay finished
+    made_by = fingerprint_config(decided, inputs)
     if done := find_finished(folder, "codebook", made_by):
         return done
     facts: dict[str, Any] = {}
@@ -100,6 +114,21 @@ def load_codebook(location: str) -> Codebook:
     folder = Folder(location)
     open_card(folder, "codebook")
     return Codebook.load(folder, CODEBOOK)
+
+
+def check_lengths(x_ND: torch.Tensor, metric: str) -> None:
+    """Let vectors pass if a metric can measure them: the cosine wants length 1.
+
+    Raises:
+        DataError: one has another length.
+    """
+    if metric != "cosine":
+        return
+    lengths_N = x_ND.norm(dim=1)
+    if not torch.allclose(lengths_N, torch.ones_like(lengths_N), atol=1e-3):
+        length = float(lengths_N[(lengths_N - 1).abs().argmax()])
+        allowed = "the metric is cosine, which wants length 1: set corpus.normalize=true, or scale them before"
+        raise DataError("vectors", f"one of length {length:.4g}", allowed)
 
 
 def _fit(config: CodebookConfig, progress: Progress) -> tuple[Codebook, dict[str, Any]]:
@@ -127,7 +156,7 @@ def _fit(config: CodebookConfig, progress: Progress) -> tuple[Codebook, dict[str
             gain = ray.get(teach.remote(config, codebook))
             progress("ranked", 1, 1, f"recall@10 {gain.before:.3f} before, {gain.after:.3f} after")
             codebook, facts["ranked_recall"] = gain.codebook, {"before": gain.before, "after": gain.after}
-    return codebook, facts
+    return replace(codebook, metric=config.metric), facts
 
 
 def _draw_turn(remark: tuple[str, Turn], progress: Progress) -> None:
@@ -163,6 +192,7 @@ def _read_sample(config: CodebookConfig, rank: int, workers: int, rows: int) -> 
         batch = corpus.take(sample[first : min(stop, first + _READ_ROWS)])
         items = torch.from_numpy(batch.items)
         x_ND[filled : filled + len(items)] = embed(encoder, items).cpu() if encoder else items
+        check_lengths(x_ND[filled : filled + len(items)], config.metric)
         filled, rejected = filled + len(items), rejected + [reject.row for reject in batch.rejects]
     numbers_N = np.arange(start, stop)[~np.isin(sample[start:stop], rejected)]
     return Rows(x_ND[:filled], start, len(sample), numbers_N=numbers_N)

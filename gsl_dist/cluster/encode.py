@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from ray.data import ActorPoolStrategy
 
 from gsl_dist.artefact import Card, find_finished, open_card, publish_card
-from gsl_dist.cluster.codebook import load_codebook
+from gsl_dist.cluster.codebook import check_lengths, load_codebook
 from gsl_dist.cluster.model import load_encoder, pick_device
 from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
 from gsl_dist.codebook import Codebook
@@ -134,6 +134,7 @@ class ShardEncoder:
         if not torch.isfinite(y_ND).all():
             row = int((~torch.isfinite(y_ND).all(dim=1)).nonzero()[0])
             raise DataError("representation", f"of id {batch.ids[row]}", "the encoder must give finite numbers")
+        check_lengths(y_ND, self.codebook.metric)
         cells_N, codes_NM = self.quantizer.encode(y_ND, self.codebook)
         packed = self.codebook.pack(codes_NM.cpu().numpy())
         columns = {

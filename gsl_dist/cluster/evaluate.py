@@ -27,7 +27,7 @@ from gsl_dist.data import CorpusConfig, open_corpus
 from gsl_dist.errors import ConfigError, DataError
 from gsl_dist.evaluate import evaluate_map, quantization_error, rank_exact, recall_at
 from gsl_dist.fit import embed
-from gsl_dist.hits import Hits
+from gsl_dist.hits import Effort, Hits
 from gsl_dist.index.manifest import Manifest, version_folder
 from gsl_dist.index.search import LocalSearcher, check_queries, open_searcher
 from gsl_dist.storage import Folder, split_location
@@ -92,10 +92,10 @@ def run_evaluate(config: EvaluateConfig, progress: Progress = stay_quiet) -> dic
     if items is not None:
         measured["quantization_error"] = quantization_error(items.vectors, items.decoded)
         if labels is not None:
-            exact = _rank_items(vectors_QD, items, len(items.ids))
+            exact = _rank_items(vectors_QD, items, len(items.ids), searcher.manifest.metric)
             measured["map_float"] = evaluate_map(exact, wanted, labels, top=config.top, query_ids=query_ids)
         progress("evaluate", 2, 3, "recall by probes")
-        truth = _rank_items(vectors_QD, items, min(10, len(items.ids)))
+        truth = _rank_items(vectors_QD, items, min(10, len(items.ids)), searcher.manifest.metric)
         measured["recall_by_probes"] = _recall_by_probes(config, searcher, vectors_QD, truth)
         measured["recall_at_10_vs_exact"] = measured["recall_by_probes"][-1]["recall_at_10"]
     progress("evaluate", 3, 3, "done")
@@ -116,7 +116,7 @@ def embed_queries(index: str, manifest: Manifest, items: NDArray[Any]) -> FloatA
             shape = tuple(card.facts["item_shape"])
             raise DataError("queries", f"items of shape {items.shape[1:]}", f"the encoder was trained on {shape}")
         items = embed(encoder, torch.from_numpy(items)).numpy()
-    return check_queries(items, manifest.dim)
+    return check_queries(items, manifest.dim, manifest.metric)
 
 
 def rank_all(searcher: LocalSearcher, queries_QD: FloatArray) -> Hits:
@@ -124,7 +124,7 @@ def rank_all(searcher: LocalSearcher, queries_QD: FloatArray) -> Hits:
 
     Shapes: (Q, D) -> (Q, N).
     """
-    return searcher.search_checked(queries_QD, searcher.rows, searcher.codebook.lists)
+    return searcher.find(queries_QD, Effort(searcher.rows, searcher.codebook.lists, 1))
 
 
 def read_items(codes: str, searcher: LocalSearcher) -> Items:
@@ -146,8 +146,8 @@ def read_items(codes: str, searcher: LocalSearcher) -> Items:
     return Items(ids[order], vectors[order], np.concatenate(decoded)[order])
 
 
-def _rank_items(queries_QD: FloatArray, items: Items, k: int) -> Hits:
-    rows = rank_exact(queries_QD, items.vectors, k)
+def _rank_items(queries_QD: FloatArray, items: Items, k: int, metric: str) -> Hits:
+    rows = rank_exact(queries_QD, items.vectors, k, metric)
     return Hits(items.ids[rows.ids], rows.distances, 1, 1)
 
 
@@ -171,7 +171,7 @@ def _recall_by_probes(
 ) -> list[dict[str, Any]]:
     rows = []
     for probes in sorted({min(probes, searcher.codebook.lists) for probes in config.probes}):
-        found = searcher.search_checked(queries_QD, 10, probes)
+        found = searcher.find(queries_QD, Effort(10, probes, 1))
         recall = recall_at(found.ids, truth.ids, 10)
         rows.append(
             {"probes": probes, "recall_at_10": recall, "latency_ms": _time_single(searcher, queries_QD, probes)}
@@ -183,6 +183,6 @@ def _time_single(searcher: LocalSearcher, queries_QD: FloatArray, probes: int) -
     spent = []
     for query in queries_QD[:_TIMED_QUERIES]:
         start = time.perf_counter()
-        searcher.search_checked(query[None], 10, probes)
+        searcher.find(query[None], Effort(10, probes, 1))
         spent.append(time.perf_counter() - start)
     return float(np.median(spent)) * 1e3

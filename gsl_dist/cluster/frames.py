@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable
 from typing import cast
 
-from gsl_dist.errors import QueryError
+from gsl_dist.errors import BadInput, QueryError, unpack_error
 
 _HEAD = struct.Struct("<IIB3x")
 _SLACK_BYTES = 1 << 16
@@ -118,7 +118,7 @@ class Asker(Frames):
         if status == Status.DONE:
             answer.set_result(body)
         elif status == Status.REFUSED:
-            answer.set_exception(QueryError("query", "", body.decode(errors="replace")))
+            answer.set_exception(_read_refusal(body))
         else:
             answer.set_exception(ReplicaFailed(body.decode(errors="replace")))
 
@@ -133,3 +133,11 @@ class Asker(Frames):
 def greet(version: str, shards: list[str]) -> bytes:
     """Give the first frame's body: what the router expects a replica to hold."""
     return "\n".join(["gsl", version, *sorted(shards)]).encode()
+
+
+def _read_refusal(body: bytes) -> BadInput:
+    try:
+        refusal = unpack_error(body.decode())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        refusal = None
+    return refusal if isinstance(refusal, BadInput) else QueryError("query", "", body.decode(errors="replace"))

@@ -18,8 +18,8 @@ import numpy as np
 import uvloop
 
 from gsl_dist.cluster.frames import Frames, Status, greet
-from gsl_dist.errors import BadInput, ConfigError
-from gsl_dist.index.search import LocalSearcher
+from gsl_dist.errors import ArtefactError, BadInput, ConfigError, pack_error
+from gsl_dist.index.search import LocalSearcher, check_effort, check_queries
 from gsl_dist.wire import QUERY_HEAD_BYTES, pack_hits, unpack_query
 
 _log = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ class Replica:
     ) -> None:
         self.searcher, self.max_bytes, self._host = searcher, max_bytes, host
         # On one core a second thread gains a single query nothing and costs it two changes of thread, a tenth of its
-        # time; so it is answered where it arrives, and only batches go to the pool.
-        self._at_once_bytes = 2 * 4 * searcher.codebook.dim + QUERY_HEAD_BYTES if threads == 1 else 0
+        # time; so it is answered where it arrives. Batches, and queries with a filter, go to the pool.
+        self._at_once_bytes = 4 * searcher.codebook.dim + QUERY_HEAD_BYTES if threads == 1 else 0
         self.greeting = greet(searcher.manifest.version, list(searcher.shards))
         # OpenMP counts threads for each calling thread, so every pool thread is told. One thread more than the cores
         # keeps a long batch from holding up every single query behind it.
@@ -65,7 +65,7 @@ class Replica:
 
     def probe(self) -> None:
         """Search once, as a query would."""
-        self.searcher.search(np.zeros((1, self.searcher.codebook.dim), np.float32), 1, probes=1)
+        self.searcher.search(np.ones(self.searcher.codebook.dim), 1, probes=1, refine=1)
 
     def stop(self) -> None:
         """Stop answering and hang up."""
@@ -77,17 +77,19 @@ class Replica:
         """Search for what a body asks, in whichever thread."""
         try:
             queries, effort = unpack_query(body)
-            hits = self.searcher.search(queries, effort.k, probes=effort.probes, refine=effort.refine)
+            matrix = check_queries(queries, self.searcher.codebook.dim)
+            # The router turns distances to what users see, once all replicas' are merged.
+            hits = self.searcher.find(matrix, check_effort(effort, self.searcher.manifest))
             return Status.DONE, pack_hits(hits)
         except BadInput as error:
-            return Status.REFUSED, str(error).encode()
-        except (RuntimeError, MemoryError) as error:  # what faiss raises
+            return Status.REFUSED, pack_error(error).encode()
+        except (ArtefactError, RuntimeError, MemoryError) as error:  # a damaged payload, or what faiss raises
             _log.exception("a search failed")
             return Status.FAILED, str(error).encode()
 
     def is_quick(self, body: bytes) -> bool:
         """Tell whether a body is best answered in the thread that received it."""
-        return len(body) < self._at_once_bytes
+        return len(body) <= self._at_once_bytes
 
     def submit(self, body: bytes) -> Future[tuple[Status, bytes]]:
         """Search in the pool."""

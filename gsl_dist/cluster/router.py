@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from gsl_dist.cluster.frames import Asker, greet
 from gsl_dist.errors import ShardUnavailable
-from gsl_dist.hits import Effort, Hits, merge_topk
+from gsl_dist.hits import Effort, Hits, merge_topk, show_distances
 from gsl_dist.index.manifest import Manifest, ShardEntry
 from gsl_dist.index.search import check_effort, check_queries
 from gsl_dist.wire import pack_query, unpack_hits
@@ -139,24 +139,16 @@ class Router:
         for link in self._links:
             link.close()
 
-    async def search(
-        self,
-        queries: ArrayLike,
-        k: int = 10,
-        *,
-        probes: int | None = None,
-        refine: int | None = None,
-        require_all: bool = False,
-    ) -> Hits:
-        """Give the k nearest items of each query among the shards that answer in time.
+    async def search(self, queries: ArrayLike, effort: Effort, *, require_all: bool = False) -> Hits:
+        """Give the nearest items of each query among the shards that answer in time, as users see them.
 
         Shapes: queries (Q, D) or (D,) -> ids (Q, k) int64, distances (Q, k) float32.
         Raises:
-            QueryError: queries, k, probes or refine are out of range.
+            QueryError: queries or effort cannot be answered.
             ShardUnavailable: no shard answered, or one did not and all are required.
         """
-        matrix = check_queries(queries, self.manifest.dim)
-        effort = check_effort(Effort(k, probes, refine), self.manifest)
+        metric = self.manifest.metric
+        matrix, effort = check_queries(queries, self.manifest.dim, metric), check_effort(effort, self.manifest)
         body = pack_query(matrix, effort)
         answers = await asyncio.gather(*(link.ask(body, self._timeout_s) for link in self._links))
         missing = [
@@ -165,7 +157,7 @@ class Router:
         found = [answer for answer in answers if answer is not None]
         if not found or (missing and require_all):
             raise ShardUnavailable(missing, len(self.manifest.shards))
-        return found[0] if len(answers) == 1 else merge_topk(found, effort.k)
+        return show_distances(found[0] if len(answers) == 1 else merge_topk(found, effort.k), metric)
 
 
 def spread_shards(shards: Sequence[ShardEntry], replicas: int) -> dict[str, list[str]]:

@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import faiss
+import numpy as np
+from numpy.typing import NDArray
 
 from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray
+from gsl_dist.hits import FAR, NO_ID
 from gsl_dist.index import vlq
+from gsl_dist.index.selection import Places, Selection
 from gsl_dist.index.shards import (
     CoarseSearch,
     create_shard,
     fill_shard,
     read_distances,
+    read_ids,
     read_lists,
     read_shard,
     turn_queries,
@@ -30,6 +35,8 @@ from gsl_dist.index.shards import (
 )
 
 _TABLE_BYTES = 256 << 20
+_UNSELECTED = ("rq", "lsq")
+"""Kinds whose lists faiss cannot search for some rows only."""
 # Candidates that the search of a graph keeps: the nearest cells are among them for 99 of 100 queries and more.
 _WIDTHS_PER_PROBE, _LEAST_WIDTH = 2, 64
 
@@ -41,11 +48,22 @@ class Lists(Protocol):
     def rows(self) -> int:
         """Give the number of rows."""
 
-    def search(self, queries_QD: FloatArray, k: int, probes: int) -> tuple[FloatArray, IdArray]:
-        """Give the k nearest rows of each query in the `probes` lists that come first.
+    @property
+    def places(self) -> Places:
+        """Give where each row is, by id; made when it is first asked for, and kept."""
 
-        Shapes: (Q, D) -> squared distances (Q, k) float32, ids (Q, k) int64, -1 where there is no further row.
+    def search(
+        self, queries_QD: FloatArray, k: int, probes: int, chosen: Selection | None = None
+    ) -> tuple[FloatArray, IdArray]:
+        """Give the k nearest rows of each query in the `probes` lists that come first, among those chosen.
+
+        Distances are squared; where the metric is the inner product, they are its negative.
+
+        Shapes: (Q, D) -> distances (Q, k) float32, ids (Q, k) int64, -1 where there is no further row.
         """
+
+    def take(self, places_n: NDArray[np.int64]) -> tuple[IdArray, CodeArray]:
+        """Give the lists (n,) and packed codes (n, code_bytes) of rows by their numbers in list order."""
 
     def read(self) -> tuple[IdArray, IdArray, CodeArray]:
         """Give all rows as ids (N,), lists (N,) and packed codes (N, code_bytes), in list order."""
@@ -76,12 +94,29 @@ class FaissLists:
         """Give the number of rows."""
         return int(self.index.ntotal)
 
-    def search(self, queries_QD: FloatArray, k: int, probes: int) -> tuple[FloatArray, IdArray]:
-        """Give the k nearest rows of each query in its `probes` nearest cells.
+    @cached_property
+    def offsets(self) -> IdArray:
+        """Give the number of the first row of each cell, and of all rows (C + 1,)."""
+        sizes = [self.index.invlists.list_size(cell) for cell in range(self.index.nlist)]
+        return np.cumsum([0, *sizes], dtype=np.int64)
 
-        Shapes: (Q, D) -> squared distances (Q, k) float32, ids (Q, k) int64, -1 where there is no further row.
+    @cached_property
+    def places(self) -> Places:
+        """Give where each row is, by id."""
+        return Places.of(read_ids(self.index))
+
+    def search(
+        self, queries_QD: FloatArray, k: int, probes: int, chosen: Selection | None = None
+    ) -> tuple[FloatArray, IdArray]:
+        """Give the k nearest rows of each query in its `probes` nearest cells, among those chosen.
+
+        Shapes: (Q, D) -> distances (Q, k) float32, ids (Q, k) int64, -1 where there is no further row.
         """
+        if chosen is not None and self.codebook.kind in _UNSELECTED:
+            return self._measure_lists(queries_QD, k, probes, chosen)
         turned, params = turn_queries(queries_QD, self.codebook), faiss.SearchParametersIVF(nprobe=probes)
+        if chosen is not None:
+            params.sel = chosen.selector
         if self.linked:
             width = _WIDTHS_PER_PROBE * probes + _LEAST_WIDTH
             # Kept here as well: faiss holds no more than a pointer.
@@ -89,6 +124,35 @@ class FaissLists:
             params.referenced_objects = [followed]
         answered, ids = self.index.search(turned, k, params=params)
         return read_distances(answered, ids, queries_QD, self.codebook), ids
+
+    def _measure_lists(
+        self, queries_QD: FloatArray, k: int, probes: int, chosen: Selection
+    ) -> tuple[FloatArray, IdArray]:
+        """Decode what was chosen of each query's lists, as faiss decodes all of them, and measure it."""
+        distances_Qk, ids_Qk = np.full((len(queries_QD), k), FAR, np.float32), np.full((len(queries_QD), k), NO_ID)
+        order_n = np.argsort(chosen.places_n)
+        starts = np.searchsorted(chosen.places_n[order_n], self.offsets)
+        _, cells_QP = self.index.quantizer.search(turn_queries(queries_QD, self.codebook), probes)
+        for row, cells_P in enumerate(cells_QP):
+            found_n = np.concatenate([order_n[starts[cell] : starts[cell + 1]] for cell in cells_P if cell >= 0])
+            if len(found_n) == 0:
+                continue
+            lists_n, codes = self.take(chosen.places_n[found_n])
+            far_n = self.codebook.measure(queries_QD[row : row + 1], lists_n, self.codebook.unpack(codes))[0]
+            nearest_k = np.argsort(far_n, kind="stable")[:k]
+            distances_Qk[row, : len(nearest_k)] = far_n[nearest_k]
+            ids_Qk[row, : len(nearest_k)] = chosen.ids_n[found_n[nearest_k]]
+        return distances_Qk, ids_Qk
+
+    def take(self, places_n: NDArray[np.int64]) -> tuple[IdArray, CodeArray]:
+        """Give the cells (n,) and packed codes (n, code_bytes) of rows by their numbers in list order."""
+        cells_n = np.searchsorted(self.offsets, places_n, side="right") - 1
+        codes, lists = np.empty((len(places_n), self.codebook.code_bytes), np.uint8), self.index.invlists
+        for row, (place, cell) in enumerate(zip(places_n.tolist(), cells_n.tolist(), strict=True)):
+            code = lists.get_single_code(cell, place - int(self.offsets[cell]))
+            codes[row] = faiss.rev_swig_ptr(code, codes.shape[1])
+            lists.release_codes(cell, code)
+        return cells_n, codes
 
     def read(self) -> tuple[IdArray, IdArray, CodeArray]:
         """Give all rows as ids (N,), cells (N,) and packed codes (N, code_bytes), in list order."""
@@ -145,7 +209,8 @@ def join_lists(shards: Sequence[Lists]) -> Lists:
     for shard in cast("Sequence[FaissLists]", others):
         whole.merge_from(shard.index, 0)
     table_bytes = codebook.cells * codebook.sub_vectors * codebook.codewords * 4
-    if codebook.residual and not codebook.additive and table_bytes <= _TABLE_BYTES:
+    is_used = codebook.residual and not codebook.additive and codebook.metric != "ip"
+    if is_used and table_bytes <= _TABLE_BYTES:
         whole.use_precomputed_table = 1
         whole.precompute_table()
     return first

@@ -39,6 +39,19 @@ class ShardEntry(Strict):
     vectors: FileEntry | None = None
 
 
+class Point(Strict):
+    """What it took to find a share of the true neighbours, as `gsl tune` measured it.
+
+    `latency_ms` is that of one query at a time in one process, without a service around it.
+    """
+
+    k: int = Field(ge=1)
+    recall: float = Field(ge=0, le=1)
+    probes: int = Field(ge=1)
+    refine: int = Field(ge=1)
+    latency_ms: float = Field(ge=0)
+
+
 class Manifest(Strict):
     """Everything that a version holds; `vectors` is how exactly it keeps these beside the codes, if it does.
 
@@ -63,6 +76,7 @@ class Manifest(Strict):
     vectors: Precision | None = None
     coarse_search: str = "flat"
     rows: int
+    points: list[Point] = []
     shards: list[ShardEntry]
     codebook: FileEntry
     model: list[FileEntry] = []
@@ -85,6 +99,7 @@ def describe_codebook(codebook: Codebook) -> dict[str, Any]:
     """Give what the manifest of a version tells of its codebook."""
     return {
         "fingerprint": codebook.fingerprint,
+        "metric": codebook.metric,
         "kind": codebook.kind,
         "rotated": codebook.rotation is not None,
         "dim": codebook.dim,
@@ -119,6 +134,18 @@ def publish_version(index: Folder, manifest: Manifest) -> None:
         raise BadInput("version", manifest.version, "a version is immutable and this one exists; choose another name")
     content = manifest.model_dump(mode="json")
     folder.write_json(MANIFEST, content | {"digest": _digest(content)})
+
+
+def note_points(index: Folder, manifest: Manifest, points: list[Point]) -> Manifest:
+    """Keep operating points in the manifest of a version; nothing else of a version ever changes.
+
+    Raises:
+        BadInput: there is no such version.
+    """
+    noted = open_version(index, manifest.version).model_copy(update={"points": points})
+    content = noted.model_dump(mode="json")
+    version_folder(index, manifest.version).write_json(MANIFEST, content | {"digest": _digest(content)})
+    return noted
 
 
 def list_versions(index: Folder) -> list[str]:

@@ -23,6 +23,7 @@ from gsl_dist.codebook import FloatArray, IdArray
 from gsl_dist.errors import ArtefactError
 from gsl_dist.hits import FAR, NO_ID
 from gsl_dist.index.mapped import map_arrays, write_arrays
+from gsl_dist.index.selection import find_sorted
 
 Precision = Literal["float16", "int8"]
 
@@ -54,10 +55,7 @@ class VectorStore:
 
         Shapes: (n,) -> (n,).
         """
-        if len(self.ids_N) == 0:
-            return np.full(len(ids_n), -1)
-        places_n = np.minimum(np.searchsorted(self.ids_N, ids_n), len(self.ids_N) - 1)
-        return np.where(self.ids_N[places_n] == ids_n, places_n, -1)
+        return find_sorted(self.ids_N, ids_n)
 
     def write(self, path: Path) -> None:
         """Write the store as one file."""
@@ -102,8 +100,12 @@ def open_vectors(path: Path, rows: int, dim: int, precision: Precision) -> Vecto
     return store
 
 
-def measure_exactly(queries_QD: FloatArray, ids_Qn: IdArray, stores: Sequence[VectorStore]) -> FloatArray:
-    """Give the squared distance of each query to the vectors of its candidates; those that no store has are far.
+def measure_exactly(
+    queries_QD: FloatArray, ids_Qn: IdArray, stores: Sequence[VectorStore], metric: str = "l2"
+) -> FloatArray:
+    """Give how far each query is from the vectors of its candidates; those that no store has are far.
+
+    Squared distances, or negative inner products where these are the metric.
 
     Shapes: (Q, D), (Q, n) -> (Q, n) float32.
     """
@@ -114,6 +116,7 @@ def measure_exactly(queries_QD: FloatArray, ids_Qn: IdArray, stores: Sequence[Ve
         for store in stores:
             places_c = np.where(ids_c == NO_ID, -1, store.find(ids_c.ravel()).reshape(ids_c.shape))
             queries_n, candidates_n = np.nonzero(places_c >= 0)
-            away_nD = store.read(places_c[queries_n, candidates_n]) - queries_QD[start + queries_n]
-            found_c[queries_n, candidates_n] = np.square(away_nD).sum(1)
+            kept_nD, asked_nD = store.read(places_c[queries_n, candidates_n]), queries_QD[start + queries_n]
+            measured_n = -(kept_nD * asked_nD).sum(1) if metric == "ip" else np.square(kept_nD - asked_nD).sum(1)
+            found_c[queries_n, candidates_n] = measured_n
     return distances_Qn

@@ -26,7 +26,8 @@ def compile_search(sub_vectors: int, codewords: int) -> Callable[[Any, Any, Any,
         queries: their inner products with centroids and squared distances without |q|^2, (Q, C) each; the cells whose
             regions are ranked (Q, w); -2 times their inner products with codewords (Q, M, K).
         lines: edges, feet and squared lengths (C, E), levels (L,).
-        rows: offsets (R + 1,), ids (N,), choices and levels (N, M + 1), squares (N,).
+        rows: offsets (R + 1,), ids (N,), choices and levels (N, M + 1), squares (N,); a mask of the rows that may be
+            found (N,), or of none if all may.
         probes: regions to look into.
         answers: distances (Q, k), filled with what is farther than anything; ids (Q, k).
     """
@@ -38,9 +39,12 @@ def compile_search(sub_vectors: int, codewords: int) -> Callable[[Any, Any, Any,
         """Measure the rows of a region and keep the nearest in a heap, the farthest of them first."""
         own, step = bases
         looked, levels_L = tables
-        ids_N, codes, squares_N = rows
+        ids_N, codes, squares_N, mask_N = rows
+        masked = len(mask_N) > 0
         best, ids = answers
         for row in range(np.uint64(first), np.uint64(stop)):
+            if masked and mask_N[row] == 0:
+                continue
             start = row * width
             distance = squares_N[row] + own + levels_L[codes[start + parts]] * step
             for part in range(parts):
@@ -53,7 +57,7 @@ def compile_search(sub_vectors: int, codewords: int) -> Callable[[Any, Any, Any,
     def search(queries: Any, lines: Any, rows: Any, probes: int, answers: Any) -> None:
         dots_QC, reach_QC, near_Qw, looked_QMK = queries
         edges_CE, levels_L, offsets_R = lines[0], lines[3], rows[0]
-        edges, flat = edges_CE.shape[1], (rows[1], rows[2].ravel(), rows[3])
+        edges, flat = edges_CE.shape[1], (rows[1], rows[2].ravel(), rows[3], rows[4])
         scores = np.empty(near_Qw.shape[1] * edges, np.float32)
         regions = np.empty(len(scores), np.int64)
         for query in range(len(near_Qw)):

@@ -10,7 +10,7 @@ the call: nothing is ever set on an index that other threads may be searching.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,24 +18,32 @@ import faiss
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gsl_dist.codebook import Codebook, FloatArray
+from gsl_dist.codebook import Codebook, FloatArray, IdArray
 from gsl_dist.errors import QueryError
-from gsl_dist.hits import Effort, Hits, merge_topk
+from gsl_dist.filters import parse_where
+from gsl_dist.hits import FAR, NO_ID, Effort, Hits, merge_topk, show_distances
 from gsl_dist.index.lists import Lists, join_lists, open_lists
 from gsl_dist.index.manifest import Manifest, ShardEntry, open_codebook, open_version, version_folder
 from gsl_dist.index.refine import VectorStore, measure_exactly, open_vectors
+from gsl_dist.index.selection import Payload, Selection
 from gsl_dist.storage import Folder
 
 MAX_K = 16_384
 DEFAULT_PROBES, DEFAULT_REFINE = 16, 4
+FEW_ROWS, ROWS_PER_HIT = 4096, 20
+"""So few rows that a filter lets through are all measured; of more, so many are looked at for each hit wanted."""
+
+_CHUNK_FLOATS = 1 << 24
 
 
-def check_queries(queries: ArrayLike, dim: int) -> FloatArray:
+def check_queries(queries: ArrayLike, dim: int, metric: str = "l2") -> FloatArray:
     """Give queries as a float32 matrix, or say what is wrong with them.
+
+    Where the metric is the cosine, they are brought to length 1.
 
     Shapes: (Q, D), or (D,) for a single query -> (Q, D) float32, contiguous.
     Raises:
-        QueryError: not numbers, of another dimension, or not finite.
+        QueryError: not numbers, of another dimension, not finite, or without a direction where that is what counts.
     """
     try:
         given = np.asarray(queries)
@@ -54,26 +62,58 @@ def check_queries(queries: ArrayLike, dim: int) -> FloatArray:
         raise QueryError(
             "vectors", f"row {int(np.argmin(finite))}", "every number must be finite (no NaN, no infinity)"
         )
-    return matrix
+    return _bring_to_length_1(matrix) if metric == "cosine" else matrix
+
+
+def _bring_to_length_1(matrix: FloatArray) -> FloatArray:
+    lengths = np.linalg.norm(matrix.astype(np.float64), axis=1, keepdims=True)
+    if not lengths.all():
+        row = f"only zeros in row {int(np.argmin(lengths))}"
+        raise QueryError("vectors", row, "the metric is the cosine, and such a vector has no direction")
+    return (matrix / lengths).astype(np.float32)
 
 
 def check_effort(effort: Effort, version: Manifest) -> Effort:
     """Check what is asked for, and settle what is left open by what is usual for the version.
 
     Raises:
-        QueryError: out of range.
+        QueryError: out of range, or a recall that was not measured.
     """
-    k, probes, refine = effort
-    wanted = _read_count(k)
+    wanted = _read_count(effort.k)
     if not 1 <= wanted <= MAX_K:
-        raise QueryError("k", k, f"it must be a whole number from 1 to {MAX_K}")
+        raise QueryError("k", effort.k, f"it must be a whole number from 1 to {MAX_K}")
+    if effort.where is not None:
+        parse_where(effort.where)
+    if effort.recall is not None:
+        effort = _reach_recall(effort, wanted, version)
     lists, name = version.lists, "cells" if version.edge_count == 1 else "regions"
     # As many rows as 4 regions hold lie in about one cell of an index without lines.
     usual = DEFAULT_PROBES * max(1, version.edge_count // 4)
-    reach = min(usual, lists) if probes is None else _read_count(probes)
+    reach = min(usual, lists) if effort.probes is None else _read_count(effort.probes)
     if not 1 <= reach <= lists:
-        raise QueryError("probes", probes, f"it must be a whole number from 1 to {lists}, the {name} of this index")
-    return Effort(wanted, reach, _check_refine(refine, wanted, version))
+        allowed = f"it must be a whole number from 1 to {lists}, the {name} of this index"
+        raise QueryError("probes", effort.probes, allowed)
+    return Effort(wanted, reach, _check_refine(effort.refine, wanted, version), None, effort.where)
+
+
+def _reach_recall(effort: Effort, k: int, version: Manifest) -> Effort:
+    """Give the effort of the fastest point that reaches a recall, of those measured for the next larger k."""
+    wanted = effort.recall
+    if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not 0 < wanted <= 1:
+        raise QueryError("recall", wanted, "it must be a share above 0 and up to 1")
+    if effort.probes is not None or effort.refine is not None:
+        raise QueryError("recall", wanted, "it stands for probes and refine: give it without them")
+    if not version.points:
+        raise QueryError("recall", wanted, f"nothing was measured for version {version.version}: run gsl tune")
+    measured = sorted({point.k for point in version.points})
+    nearest = next((count for count in measured if count >= k), measured[-1])
+    points = [point for point in version.points if point.k == nearest]
+    reaching = [point for point in points if point.recall >= wanted]
+    if not reaching:
+        best = max(point.recall for point in points)
+        raise QueryError("recall", wanted, f"the most that was measured for {nearest} neighbours is {best:.3f}")
+    point = min(reaching, key=lambda point: point.latency_ms)
+    return effort._replace(probes=point.probes, refine=max(1, min(point.refine, MAX_K // k)))
 
 
 def _check_refine(refine: int | None, k: int, version: Manifest) -> int:
@@ -107,6 +147,7 @@ class LocalSearcher:
         codebook: its codebook.
         lists: the joined lists of the shards.
         shards: the names of the shards held here.
+        payload: what filters look at; None where there are none.
         stores: their vectors, where the version keeps them.
     """
 
@@ -114,9 +155,19 @@ class LocalSearcher:
     codebook: Codebook
     lists: Lists
     shards: tuple[str, ...]
+    payload: Payload | None = None
     stores: tuple[VectorStore, ...] = ()
 
-    def search(self, queries: ArrayLike, k: int = 10, *, probes: int | None = None, refine: int | None = None) -> Hits:
+    def search(
+        self,
+        queries: ArrayLike,
+        k: int = 10,
+        *,
+        probes: int | None = None,
+        refine: int | None = None,
+        recall: float | None = None,
+        where: Mapping[str, Any] | None = None,
+    ) -> Hits:
         """Give the k nearest items of each query among the shards held here.
 
         Args:
@@ -124,24 +175,65 @@ class LocalSearcher:
             k: neighbours wanted for each.
             probes: lists to look into, cells or regions; by default 16 cells, or all if there are fewer.
             refine: candidates for each hit, ranked again by exact distances; by default 4 where vectors are kept.
+            recall: the share of true neighbours to find, instead of probes and refine, as `gsl tune` measured.
+            where: which items may be hits, by payload columns and `id` (`gsl_dist.filters`).
 
-        Shapes: queries (Q, D) or (D,) -> ids (Q, k) int64, distances (Q, k) float32.
+        Shapes: queries (Q, D) or (D,) -> ids (Q, k) int64, distances (Q, k) float32: squared L2; inner products or
+            cosines, the largest first, where these are the metric.
         Raises:
-            QueryError: queries, k, probes or refine are out of range.
+            QueryError: queries, k, probes, refine, recall or where cannot be answered.
         """
-        matrix = check_queries(queries, self.codebook.dim)
-        wanted, reach, factor = check_effort(Effort(k, probes, refine), self.manifest)
-        assert reach is not None and factor is not None, "both were settled"
-        return self.search_checked(matrix, wanted, reach, factor)
+        matrix = check_queries(queries, self.codebook.dim, self.codebook.metric)
+        effort = check_effort(Effort(k, probes, refine, recall, where), self.manifest)
+        return show_distances(self.find(matrix, effort), self.codebook.metric)
 
-    def search_checked(self, queries: FloatArray, k: int, probes: int, refine: int = 1) -> Hits:
-        """Search without looking at the arguments again."""
-        distances, ids = self.lists.search(queries, k * refine, probes)
+    def find(self, queries: FloatArray, effort: Effort) -> Hits:
+        """Search with queries and effort that were checked; of distances, smaller is nearer whatever the metric.
+
+        Raises:
+            QueryError: the filter asks for what the payload does not have.
+        """
+        k, probes, refine, _, where = effort
+        assert probes is not None and refine is not None, "both were settled"
+        if where is None:
+            distances, ids = self.lists.search(queries, k * refine, probes)
+        else:
+            assert self.payload is not None, "opened without what filters look at"
+            distances, ids = self._find_chosen(queries, k * refine, probes, self.payload.select(where))
         if refine > 1:
-            distances = measure_exactly(queries, ids, self.stores)
+            distances = measure_exactly(queries, ids, self.stores, self.codebook.metric)
         found = Hits(ids, distances, len(self.shards), len(self.manifest.shards), self.manifest.version)
         # Puts items at equal distances in the order of their ids, as merging the answers of replicas does.
         return merge_topk([found], k)
+
+    def _find_chosen(
+        self, queries: FloatArray, wanted: int, probes: int, chosen: Selection
+    ) -> tuple[FloatArray, IdArray]:
+        """Give the nearest of some rows: as many as are wanted, if there are as many."""
+        if len(chosen) <= FEW_ROWS or len(chosen) <= wanted:
+            return self._measure_chosen(queries, wanted, chosen)
+        # As many chosen rows are looked at as there would be rows without a filter, a few for each that is wanted.
+        lists = self.codebook.lists
+        reach = min(lists, max(probes, -(-ROWS_PER_HIT * wanted * lists // len(chosen))))
+        distances, ids = self.lists.search(queries, wanted, reach, chosen)
+        short_Q = ids[:, -1] < 0
+        if reach < lists and short_Q.any():
+            distances[short_Q], ids[short_Q] = self.lists.search(queries[short_Q], wanted, lists, chosen)
+        return distances, ids
+
+    def _measure_chosen(self, queries: FloatArray, wanted: int, chosen: Selection) -> tuple[FloatArray, IdArray]:
+        distances = np.full((len(queries), wanted), FAR, np.float32)
+        ids = np.full((len(queries), wanted), NO_ID, np.int64)
+        lists_n, codes = self.lists.take(chosen.places_n)
+        words_nM, count = self.codebook.unpack(codes), min(wanted, len(chosen))
+        rows = max(1, _CHUNK_FLOATS // max(1, len(chosen)))
+        for start in range(0, len(queries), rows) if count else ():
+            some = slice(start, start + rows)
+            found_Qn = self.codebook.measure(queries[some], lists_n, words_nM)
+            nearest_Qk = np.argpartition(found_Qn, count - 1, axis=1)[:, :count]
+            distances[some, :count] = np.take_along_axis(found_Qn, nearest_Qk, axis=1)
+            ids[some, :count] = chosen.ids_n[nearest_Qk]
+        return distances, ids
 
     @property
     def rows(self) -> int:
@@ -177,7 +269,8 @@ def open_searcher(
     folder = version_folder(index, manifest.version)
     whole = join_lists([_open_shard(folder, entry, codebook) for entry in entries])
     stores = tuple(_open_vectors(folder, entry, manifest) for entry in entries if manifest.vectors)
-    return LocalSearcher(manifest, codebook, whole, tuple(entry.name for entry in entries), stores)
+    payload = Payload(folder, [entry.payload for entry in entries if entry.payload], lambda: whole.places)
+    return LocalSearcher(manifest, codebook, whole, tuple(entry.name for entry in entries), payload, stores)
 
 
 def _open_shard(folder: Folder, entry: ShardEntry, codebook: Codebook) -> Lists:

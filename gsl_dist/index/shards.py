@@ -17,6 +17,7 @@ its lists: who searches them turns each query once, with `turn_queries`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -72,9 +73,10 @@ def create_shard(codebook: Codebook, coarse_search: CoarseSearch = "flat") -> fa
             them: the same graph for the same codebook.
     """
     layout, (centroids, words) = _LAYOUTS[codebook.kind], _lay_out(codebook)
-    coarse = _make_coarse(centroids, layout.metric, coarse_search)
+    metric = faiss.METRIC_INNER_PRODUCT if codebook.metric == "ip" else layout.metric
+    coarse = _make_coarse(centroids, metric, coarse_search)
     shape = (centroids.shape[1], codebook.cells, codebook.sub_vectors, codebook.bits)
-    index = layout.index(coarse, *shape, layout.metric)
+    index = layout.index(coarse, *shape, metric)
     coarse.this.disown()
     index.own_fields = True
     quantizer = getattr(index, layout.quantizer)
@@ -137,10 +139,15 @@ def turn_queries(queries_QD: FloatArray, codebook: Codebook) -> FloatArray:
 
 
 def read_distances(found_Qk: FloatArray, ids_Qk: IdArray, queries_QD: FloatArray, codebook: Codebook) -> FloatArray:
-    """Give squared distances for what lists answered: distances already, or the scores of composite codes.
+    """Give what is smaller where a row is nearer for what lists answered.
+
+    They answer squared distances, which stay; inner products, which become negative; or scores of composite codes,
+    which become squared distances.
 
     Shapes: (Q, k), (Q, k), (Q, D) -> (Q, k).
     """
+    if codebook.metric == "ip":
+        return np.where(ids_Qk < 0, FAR, -found_Qk)
     if codebook.bias is None:
         return found_Qk
     with np.errstate(over="ignore"):  # where nothing was found
@@ -168,7 +175,9 @@ def read_shard(path: Path, codebook: Codebook) -> faiss.IndexIVF:
         found = extract_codebook(index)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ArtefactError(str(path), f"it is not a shard ({error})") from error
-    if found.fingerprint != codebook.fingerprint:
+    # A file knows no cosine: it holds the distances of vectors of length 1.
+    filed = replace(codebook, metric="l2") if codebook.metric == "cosine" else codebook
+    if found.fingerprint != filed.fingerprint:
         raise ArtefactError(str(path), f"it was built with another codebook than {codebook.fingerprint}")
     lists = _split_index(index)[1]
     if lists is not index:
@@ -185,19 +194,17 @@ def extract_codebook(index: faiss.Index) -> Codebook:
         ValueError: a codebook does not tell all that this index would do with a query.
     """
     turn, lists = _split_index(index)
-    kind = _name_kind(lists)
+    kind, metric = _name_kind(turn, lists)
     quantizer = getattr(lists, _LAYOUTS[kind].quantizer)
     words = faiss.vector_to_array(getattr(quantizer, _LAYOUTS[kind].words))
     words_MKd = words.reshape(quantizer.M, -1, getattr(quantizer, _LAYOUTS[kind].width))
     coarse, matrix = lists.quantizer.reconstruct_n(0, lists.nlist), _read_turn(turn)
     if kind == "cq":
-        if turn is None:
-            raise ValueError(f"a {type(lists).__name__} of metric {lists.metric_type} must have its queries repeated")
         width = words_MKd.shape[2] - 1
         bias_MK = words_MKd[..., width]
         codebook = Codebook(coarse[:, :width], words_MKd[..., :width], bool(lists.by_residual), kind, bias=bias_MK)
     else:
-        codebook = Codebook(coarse, words_MKd, bool(lists.by_residual), kind, rotation=matrix)
+        codebook = Codebook(coarse, words_MKd, bool(lists.by_residual), kind, rotation=matrix, metric=metric)
     if (turn is not None and turn.have_bias) != (kind == "cq") or _differ(matrix, _read_turn(_make_turn(codebook))):
         raise ValueError("something else than a rotation stands before its lists")
     return codebook
@@ -217,6 +224,14 @@ def read_lists(index: faiss.IndexIVF) -> tuple[IdArray, IdArray, CodeArray]:
     codes = [faiss.rev_swig_ptr(lists.get_codes(cell), int(sizes[cell]) * index.code_size).copy() for cell in full]
     cells = np.repeat(np.arange(index.nlist), sizes)
     return np.concatenate(ids), cells, np.concatenate(codes).reshape(-1, index.code_size)
+
+
+def read_ids(index: faiss.IndexIVF) -> IdArray:
+    """Give the ids of all rows of an index, in list order (N,)."""
+    lists = index.invlists
+    sizes = [lists.list_size(cell) for cell in range(index.nlist)]
+    ids = [faiss.rev_swig_ptr(lists.get_ids(cell), size).copy() for cell, size in enumerate(sizes) if size]
+    return np.concatenate([np.empty(0, np.int64), *ids])
 
 
 def _split_index(index: faiss.Index) -> tuple[faiss.LinearTransform | None, faiss.Index]:
@@ -264,15 +279,20 @@ def _differ(one: FloatArray | None, other: FloatArray | None) -> bool:
     return not np.array_equal(one if one is not None else np.empty(0), other if other is not None else np.empty(0))
 
 
-def _name_kind(lists: faiss.Index) -> str:
-    of_lists = (type(lists), lists.metric_type)
-    kind = next((kind for kind, layout in _LAYOUTS.items() if (layout.index, layout.metric) == of_lists), None)
-    if kind is None:
+def _name_kind(turn: faiss.LinearTransform | None, lists: faiss.Index) -> tuple[str, str]:
+    """Give the kind of codebook that lists have, and the metric."""
+    if turn is not None and turn.have_bias:
+        kinds: tuple[str, ...] = ("cq",)
+    else:
+        kinds = ("pq", "rq", "lsq")
+    kind = next((kind for kind in kinds if _LAYOUTS[kind].index is type(lists)), None)
+    metrics = {faiss.METRIC_L2: "l2", faiss.METRIC_INNER_PRODUCT: "ip"}
+    if kind is None or lists.metric_type not in metrics or (kind == "cq" and metrics[lists.metric_type] != "ip"):
         raise ValueError(f"a {type(lists).__name__} of metric {lists.metric_type} has no codebook")
     # The other ways in which faiss searches sums need norms in the codes, or are not exact.
     if kind in ("rq", "lsq") and lists.aq.search_type != faiss.AdditiveQuantizer.ST_decompress:
         raise ValueError(f"search type {lists.aq.search_type} does not compare queries with decoded vectors")
-    return kind
+    return kind, "l2" if kind == "cq" else metrics[lists.metric_type]
 
 
 def refuse_bad_ids(ids_N: IdArray) -> None:

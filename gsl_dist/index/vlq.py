@@ -38,6 +38,7 @@ from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray
 from gsl_dist.errors import ArtefactError, DataError
 from gsl_dist.hits import FAR
 from gsl_dist.index.mapped import map_arrays, write_arrays
+from gsl_dist.index.selection import Places, Selection
 from gsl_dist.index.shards import refuse_bad_ids
 
 try:
@@ -114,8 +115,20 @@ class LineLists:
         """Give the choices of codewords and the levels, a byte each (N, M + 1); where codes are bytes, these."""
         return self.codebook.unpack(self.codes)
 
+    @cached_property
+    def places(self) -> Places:
+        """Give where each row is, by id."""
+        return Places.of(self.ids_N)
+
     def search(
-        self, queries_QD: FloatArray, k: int, probes: int, *, threads: int | None = None, cells: int | None = None
+        self,
+        queries_QD: FloatArray,
+        k: int,
+        probes: int,
+        chosen: Selection | None = None,
+        *,
+        threads: int | None = None,
+        cells: int | None = None,
     ) -> tuple[FloatArray, IdArray]:
         """Give the k nearest rows of each query in the `probes` regions that come first, nearest first.
 
@@ -123,6 +136,7 @@ class LineLists:
             queries_QD: finite.
             k: neighbours wanted.
             probes: regions to look into.
+            chosen: rows that may be found; all by default.
             threads: that share the queries; as many as faiss has by default.
             cells: nearest cells whose regions are ranked; four times as many as would hold `probes` by default.
 
@@ -136,10 +150,11 @@ class LineLists:
         ids_Qk = np.full((len(turned_QD), k), -1, np.int64)
         floats = max(codebook.cells, codebook.sub_vectors * codebook.codewords)
         rows = max(1, min(_CHUNK_FLOATS // floats, -(-len(turned_QD) // threads)))
+        mask = np.empty(0, np.uint8) if chosen is None else chosen.mask
 
         def work(start: int) -> None:
             some = slice(start, start + rows)
-            self._search_chunk(turned_QD[some], reach, probes, distances_Qk[some], ids_Qk[some])
+            self._search_chunk(turned_QD[some], (reach, probes), mask, (distances_Qk[some], ids_Qk[some]))
 
         starts = range(0, len(turned_QD), rows)
         if threads == 1 or len(starts) == 1:
@@ -149,6 +164,10 @@ class LineLists:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(work, starts))
         return distances_Qk, ids_Qk
+
+    def take(self, places_n: NDArray[np.int64]) -> tuple[IdArray, CodeArray]:
+        """Give the regions (n,) and packed codes (n, code_bytes) of rows by their numbers in list order."""
+        return np.searchsorted(self.offsets_R, places_n, side="right") - 1, self.codes[places_n]
 
     def read(self) -> tuple[IdArray, IdArray, CodeArray]:
         """Give all rows as ids (N,), regions (N,) and packed codes (N, code_bytes), in list order."""
@@ -161,9 +180,9 @@ class LineLists:
         write_arrays(path, arrays, {"fingerprint": self.codebook.fingerprint})
 
     def _search_chunk(
-        self, turned_QD: FloatArray, cells: int, probes: int, distances_Qk: FloatArray, ids_Qk: IdArray
+        self, turned_QD: FloatArray, reach: tuple[int, int], mask: CodeArray, answers: tuple[FloatArray, IdArray]
     ) -> None:
-        tables = self.tables
+        tables, (cells, probes), (distances_Qk, ids_Qk) = self.tables, reach, answers
         dots_QC = turned_QD @ tables.coarse_CD.T
         # Without |q|^2, which changes no order; it is added at the end.
         reach_QC = tables.norms_C - 2 * dots_QC
@@ -174,9 +193,9 @@ class LineLists:
         search(
             (dots_QC, reach_QC, near_Qw, np.ascontiguousarray(looked_QMK)),
             (tables.edges_CE, tables.feet_CE, tables.lengths_CE, tables.levels_L),
-            (self.offsets_R, self.ids_N, self.words, self.squares_N),
+            (self.offsets_R, self.ids_N, self.words, self.squares_N, mask),
             probes,
-            (distances_Qk, ids_Qk),
+            answers,
         )
         lengths_Q1 = np.square(turned_QD).sum(1, keepdims=True)
         distances_Qk[:] = np.where(ids_Qk >= 0, np.maximum(distances_Qk + lengths_Q1, 0), FAR)
@@ -274,7 +293,7 @@ def _search_plainly(queries: Any, lines: Any, rows: Any, probes: int, answers: A
     """
     dots_QC, reach_QC, near_Qw, looked_QMK = queries
     edges_CE, feet_CE, lengths_CE, levels_L = lines
-    offsets_R, ids_N, words_NM, squares_N = rows
+    offsets_R, ids_N, words_NM, squares_N, mask_N = rows
     edges, parts = edges_CE.shape[1], np.arange(looked_QMK.shape[1])
     for place, near_w in enumerate(near_Qw):
         reach_C, dots_C = reach_QC[place], dots_QC[place]
@@ -287,6 +306,8 @@ def _search_plainly(queries: Any, lines: Any, rows: Any, probes: int, answers: A
         counts_r = offsets_R[regions_r + 1] - offsets_R[regions_r]
         of_n = np.repeat(regions_r, counts_r)
         rows_n = np.arange(len(of_n)) + np.repeat(offsets_R[regions_r] - (np.cumsum(counts_r) - counts_r), counts_r)
+        if len(mask_N):
+            of_n, rows_n = of_n[mask_N[rows_n] == 1], rows_n[mask_N[rows_n] == 1]
         own_n, other_n = dots_C[of_n // edges], dots_C[edges_CE.ravel()[of_n]]
         words_nM = words_NM[rows_n]
         distances_n = squares_N[rows_n] - 2 * (own_n + levels_L[words_nM[:, -1]] * (other_n - own_n))

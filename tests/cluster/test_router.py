@@ -3,16 +3,18 @@
 import asyncio
 import http.client
 import json
+import re
 import threading
 import time
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
 
 pytest.importorskip("uvicorn")
-from worlds import make_index, make_queries
+from worlds import make_codebook, make_index, make_queries
 
 from gsl_dist.client import Client
 from gsl_dist.cluster.app import DirectDoor, Handover, Limits, bind_port, create_app
@@ -76,7 +78,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("index")
-    make_index(folder)
+    make_index(folder, payload=pa.table({"label": np.arange(400) % 7}))
     world = World(folder, limits=Limits(batch=64, body_bytes=80_000))
     yield world
     world.stop()
@@ -94,6 +96,51 @@ def test_refining_gives_the_same_at_every_door_and_is_exact_over_all_candidates(
         assert same(client.search(queries, k, 8, refine=4), usual)
     body = {"vectors": queries.tolist(), "k": k, "probes": 8, "refine": 60}
     assert world.post(body).json()["ids"] == expected.ids.tolist()
+    world.stop()
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine"])
+def test_every_metric_gives_the_same_at_every_door(tmp_path, metric):
+    make_index(tmp_path, codebook=make_codebook(metric=metric))
+    world, queries = World(tmp_path), make_queries(5)
+    expected = world.local.search(queries, 6, probes=8)
+    assert (np.diff(expected.distances) <= 0).all(), "the largest first"
+    with Client(world.url) as client:
+        assert same(client.search(queries, 6, 8), expected)
+        assert client.versions()["metric"] == metric
+    answer = world.post({"vectors": queries.tolist(), "k": 6, "probes": 8}).json()
+    np.testing.assert_allclose(answer["distances"], expected.distances, rtol=1e-6)
+    world.stop()
+
+
+@pytest.mark.parametrize("where", [{"label": 3}, {"$not": {"label": {"$in": [1, 2]}}, "id": {"$gte": 100}}], ids=str)
+def test_a_filter_gives_the_same_at_every_door(world, where):
+    queries = make_queries(5)
+    expected = world.local.search(queries, 6, probes=8, where=where)
+    assert expected.ids.min() >= 0 and {item % 7 for item in expected.ids.ravel()} <= {0, 3, 4, 5, 6}
+    with Client(world.url) as client:
+        assert same(client.search(queries, 6, 8, where=where), expected)
+    assert world.post(good(vectors=queries.tolist(), k=6, where=where)).json()["ids"] == expected.ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "where, field",
+    [({"colour": 3}, "where.colour"), ({"label": "three"}, "where.label.$eq"), ({"id": True}, "where.id.$eq")],
+)
+def test_a_filter_that_replicas_refuse_is_a_400_that_names_the_column(world, where, field):
+    answer = world.post(good(where=where))
+    assert (answer.status_code, answer.json()["field"]) == (400, field)
+    with Client(world.url) as client, pytest.raises(QueryError, match=re.escape(field)):
+        client.search(make_queries(1), where=where)
+
+
+def test_a_damaged_payload_leaves_its_replica_out_of_filtered_answers(tmp_path):
+    make_index(tmp_path, payload=pa.table({"label": np.arange(400) % 7}), shards=2)
+    path = tmp_path / "versions" / "v1" / "shard-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    world = World(tmp_path)
+    assert world.post(good(where={"label": 3})).json()["shards_answered"] == 1
+    assert world.post(good()).json()["shards_answered"] == 2
     world.stop()
 
 
@@ -118,7 +165,7 @@ def good(**changes):
 def test_client_equals_router_equals_local_searcher(world, k, probes):
     queries = make_queries()
     expected = world.local.search(queries, k, probes=probes)
-    routed = asyncio.run_coroutine_threadsafe(world.router.search(queries, k, probes=probes), world.door.loop).result(
+    routed = asyncio.run_coroutine_threadsafe(world.router.search(queries, Effort(k, probes)), world.door.loop).result(
         10
     )
     with Client(world.url) as client:
@@ -188,6 +235,11 @@ BAD_BODIES = {
     "probes a bool": (good(probes=False), 400, "probes"),
     "refine without vectors": (good(refine=2), 400, "refine"),
     "refine a fraction": (good(refine=1.5), 400, "refine"),
+    "no filter": (good(where=[1]), 400, "where"),
+    "a recall that nobody measured": (good(probes=None, recall=0.9), 400, "recall"),
+    "a recall beside probes": (good(recall=0.9), 400, "recall"),
+    "a recall above 1": (good(probes=None, recall=1.5), 400, "recall"),
+    "a recall in words": (good(probes=None, recall="high"), 400, "recall"),
     "require_all a number": (good(require_all=1), 400, "require_all"),
     "extra key": (good(nprobe=4), 400, "nprobe"),
     "empty batch": (good(vectors=[]), 400, "vectors"),
@@ -376,7 +428,7 @@ def test_a_replica_hangs_up_on_frames_that_are_too_long(world):
 
 def test_the_router_checks_what_it_is_given(world):
     with pytest.raises(QueryError):
-        asyncio.run_coroutine_threadsafe(world.router.search([[1.0]]), world.door.loop).result(5)
+        asyncio.run_coroutine_threadsafe(world.router.search([[1.0]], Effort()), world.door.loop).result(5)
 
 
 def test_a_port_in_use_is_named(world):

@@ -7,11 +7,12 @@ import pytest
 
 faiss = pytest.importorskip("faiss")
 from reference import search_in_loops  # noqa: E402
-from worlds import make_codebook, make_index, make_queries  # noqa: E402
+from worlds import make_codebook, make_index, make_queries, make_vectors  # noqa: E402
 
 from gsl_dist.errors import ArtefactError, BadInput, QueryError  # noqa: E402
 from gsl_dist.hits import FAR, Hits, merge_topk  # noqa: E402
 from gsl_dist.index.search import MAX_K, open_searcher  # noqa: E402
+from gsl_dist.index.shards import read_shard  # noqa: E402
 from gsl_dist.storage import Folder  # noqa: E402
 
 KINDS = [("pq", False), ("pq", True), ("rq", False), ("lsq", False), ("rq", True)]
@@ -284,3 +285,73 @@ def test_a_shard_that_does_not_exist_is_refused(tmp_path, names):
     make_index(tmp_path)
     with pytest.raises(BadInput, match="version v1 has shard-00000, shard-00001, shard-00002"):
         open_searcher(str(tmp_path), names=names)
+
+
+def rank_products(queries, ids, vectors, k):
+    products = queries @ vectors.T
+    order = np.lexsort((np.broadcast_to(ids, products.shape), -products), axis=1)[:, :k]
+    return ids[order], np.take_along_axis(products, order, axis=1)
+
+
+@kinds
+@partitions
+def test_inner_products_of_every_kind_are_those_with_decoded_vectors(tmp_path, kind, rotated, cells, residual):
+    codebook = make_codebook(kind, rotated=rotated, cells=cells, residual=residual, metric="ip")
+    searcher, queries = open_world(tmp_path, rows=150, shards=2, codebook=codebook), make_queries(6)
+    ids, products = rank_products(queries, *decode_all(searcher), 15)
+    hits = searcher.search(queries, 15, probes=cells)
+    np.testing.assert_allclose(hits.distances, products, rtol=1e-4, atol=1e-4)
+    assert np.array_equal(hits.ids, ids) and searcher.manifest.metric == "ip"
+    path = tmp_path / "versions" / "v1" / "shard-00000.faiss"
+    plain, _ = faiss.read_index(str(path)).search(queries, 1, params=faiss.SearchParametersIVF(nprobe=cells))
+    here = open_searcher(str(tmp_path), names=["shard-00000"]).search(queries, 1, probes=cells)
+    np.testing.assert_allclose(plain, here.distances, rtol=1e-4)
+
+
+def test_where_inner_products_find_nothing_the_worst_stands(tmp_path):
+    hits = open_world(tmp_path, rows=3, codebook=make_codebook(metric="ip")).search(make_queries(2), 5, probes=8)
+    assert (hits.ids[:, 3:] == -1).all() and (hits.distances[:, 3:] == -FAR).all()
+
+
+@pytest.mark.parametrize("kind", ["pq", "rq", "cq", "vlq"])
+def test_cosines_are_distances_of_vectors_of_length_1(tmp_path, kind):
+    flat = make_codebook(kind, residual=kind != "cq")
+    plain = open_world(tmp_path / "l2", codebook=flat)
+    round_ = open_world(tmp_path / "cosine", codebook=make_codebook(kind, residual=kind != "cq", metric="cosine"))
+    queries = make_queries(6)
+    wanted = plain.search(queries / np.linalg.norm(queries, axis=1, keepdims=True), 10, probes=8)
+    hits = round_.search(queries * 3, 10, probes=8)
+    np.testing.assert_allclose(hits.distances, 1 - wanted.distances / 2, rtol=1e-4, atol=1e-4)
+    assert np.array_equal(hits.ids, wanted.ids) and round_.manifest.fingerprint != plain.manifest.fingerprint
+    with pytest.raises(QueryError, match="only zeros in row 1"):
+        round_.search([queries[0], np.zeros(16)])
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine"])
+def test_kept_vectors_are_ranked_by_the_metric(tmp_path, metric):
+    codebook, queries = make_codebook(metric=metric), make_queries(5)
+    searcher = open_world(tmp_path, codebook=codebook, vectors="float16")
+    hits, kept = searcher.search(queries, 5, probes=8, refine=80), make_vectors().astype(np.float16).astype(np.float32)
+    if metric == "ip":
+        ids, shown = rank_products(queries, np.arange(400), kept, 5)
+    else:
+        unit = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+        far = np.square(unit[:, None] - kept).sum(2)
+        ids = np.argsort(far, axis=1)[:, :5]
+        shown = 1 - np.take_along_axis(far, ids, axis=1) / 2
+    assert np.array_equal(hits.ids, ids)
+    np.testing.assert_allclose(hits.distances, shown, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["cq", "vlq"])
+def test_kinds_that_know_no_inner_products_have_none(kind):
+    with pytest.raises(AssertionError):
+        make_codebook(kind, residual=kind != "cq", metric="ip")
+
+
+def test_a_file_of_another_metric_is_refused(tmp_path):
+    make_index(tmp_path, codebook=make_codebook(metric="ip"))
+    path = tmp_path / "versions" / "v1" / "shard-00000.faiss"
+    for metric in ("l2", "cosine"):
+        with pytest.raises(ArtefactError, match="another codebook"):
+            read_shard(path, make_codebook(metric=metric))

@@ -264,7 +264,9 @@ def make_foreign(name):
     coarse = faiss.IndexFlatL2(16)
     coarse.add(codebook.coarse)
     if name == "another metric":
-        return faiss.IndexIVFPQ(coarse, *shape, faiss.METRIC_INNER_PRODUCT)
+        index = create_shard(codebook)
+        index.metric_type = faiss.METRIC_L1
+        return index
     if name == "refined":
         return faiss.IndexIVFPQR(coarse, *shape, 8, 4)
     if name == "norms left out":
@@ -283,11 +285,11 @@ def make_foreign(name):
 @pytest.mark.parametrize(
     "name, match",
     [
-        ("another metric", "IndexIVFPQ of metric 0 must have its queries repeated"),
+        ("another metric", "IndexIVFResidualQuantizer of metric 2 has no codebook"),
         ("refined", "IndexIVFPQR"),
         ("norms left out", "search type 1"),
         ("normalised", "else than a rotation"),
-        ("shifted", "else than a rotation"),
+        ("shifted", "IndexIVFResidualQuantizer of metric 1 has no codebook"),
         ("shortened", "(16, 20)"),
     ],
 )
