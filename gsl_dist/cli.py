@@ -144,6 +144,22 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def tune(config: Config, overrides: Overrides = None) -> None:
+    """Measure what recall takes, on queries held out, and keep it: a query may then ask for recall=0.95.
+
+    Example: gsl tune configs/fashion/tune.yaml target=0.9
+    """
+    from gsl_dist.cluster.tune import TuneConfig, run_tune
+
+    made = run_stage(TuneConfig, run_tune, config, overrides)
+    table = Table("k", "recall", "probes", "refine", "ms a query", title="the curve, fastest first")
+    for point in made["points"]:
+        shown = (point["k"], f"{point['recall']:.4f}", point["probes"], point["refine"], f"{point['latency_ms']:.3f}")
+        table.add_row(*map(str, shown))
+    console.print(table)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="where the report and all artefacts go")] = Path("build/demo"),
     seed: Annotated[int, typer.Option(min=0, help="seed of both trainings")] = 0,
@@ -260,14 +276,15 @@ def verify(index: Index, version: Annotated[str | None, typer.Argument(metavar="
     console.print(f"{manifest.version} is whole: {len(manifest.files) + 1} files, {rows} rows")
 
 
-def run_stage(kind: type[C], run: Callable[[C, Screen], Any], config: Path, overrides: list[str] | None) -> None:
-    """Run a stage with progress on the screen and show what it made."""
+def run_stage(kind: type[C], run: Callable[[C, Screen], Any], config: Path, overrides: list[str] | None) -> Any:
+    """Run a stage with progress on the screen, show what it made, and give it."""
     from gsl_dist.cluster.job import summarize
 
     settings = load_config(kind, config, overrides or [])
     with Screen() as screen:
         made = run(settings, screen)
     show_figures(run.__name__.removeprefix("run_"), summarize(made))
+    return made
 
 
 def show_figures(title: str, figures: dict[str, Any]) -> None:

@@ -235,6 +235,43 @@ def test_codes_of_every_kind_are_served_from_their_files(ray_session, tmp_path, 
     assert exactly.ids.tolist() == [[item for _, item in row] for row in search_in_loops(queries, ids, vectors, 10)]
 
 
+@pytest.mark.parametrize("metric", ["ip", "cosine"])
+def test_every_metric_goes_from_the_codebook_to_the_answer(ray_session, tmp_path, metric):
+    write_vectors(tmp_path / "database.parquet", rows=600, seed=2)
+    corpus = {"path": str(tmp_path / "database.parquet"), "normalize": metric == "cosine", **COLUMNS}
+    fitted = {"source": "fitted", "corpus": corpus, "output": str(tmp_path / "codebook"), "lloyd": {"iterations": 5}}
+    shape = {"kind": "pq", "sub_vectors": 8, "bits": 6, "cells": 4}
+    run_codebook(check_config(CodebookConfig, fitted | {"quantizer": shape, "metric": metric}))
+    encode = encode_settings(tmp_path) | {"model": None, "corpus": corpus | {"payload_columns": ["label"]}}
+    if metric == "cosine":
+        long = encode | {"corpus": encode["corpus"] | {"normalize": False}, "output": str(tmp_path / "long")}
+        with pytest.raises(
+            DataError, match=r"vectors: got 'one of length .*wants length 1: set corpus\.normalize=true"
+        ):
+            run_encode(check_config(EncodeConfig, long))
+    run_encode(check_config(EncodeConfig, encode))
+    manifest = run_build(check_config(BuildConfig, build_settings(tmp_path, model=None, vectors="float16")))
+    assert manifest.metric == metric == load_codebook(str(tmp_path / "codebook")).metric
+    queries, x_ND = make_clusters(5, 16, 5, seed=3)[0], make_clusters(600, 16, 5, seed=2)[0]
+    products = queries @ x_ND.T
+    if metric == "cosine":
+        products = products / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(x_ND, axis=1)
+    hits = open_searcher(str(tmp_path / "index")).search(queries, 10, probes=4, refine=60)
+    np.testing.assert_allclose(hits.distances, -np.sort(-products, axis=1)[:, :10], rtol=2e-3, atol=2e-3)
+    coded = open_searcher(str(tmp_path / "index")).search(queries, 50, probes=4, refine=1)
+    assert np.mean([len(set(a) & set(b)) for a, b in zip(coded.ids, hits.ids, strict=True)]) > 8
+
+
+def test_metrics_that_a_codebook_cannot_have_are_refused(tmp_path):
+    fitted = {"source": "fitted", "corpus": {"path": str(tmp_path)}, "output": str(tmp_path / "c"), "metric": "ip"}
+    with pytest.raises(ConfigError, match="nothing that lines"):
+        check_config(CodebookConfig, fitted | {"quantizer": {"kind": "vlq", "sub_vectors": 4}})
+    with pytest.raises(ConfigError, match="ranked learns which rows are near"):
+        check_config(CodebookConfig, fitted | {"quantizer": {"kind": "rq", "books": 4}, "ranked": {}})
+    with pytest.raises(ConfigError, match="lands by distances"):
+        check_config(CodebookConfig, {"model": "m", "output": str(tmp_path / "c"), "metric": "cosine"})
+
+
 def test_a_version_whose_cells_are_found_through_a_graph_answers_as_the_flat_one(world):
     settings = build_settings(world, index=str(world / "linked"), coarse_search="hnsw")
     manifest, queries = run_build(check_config(BuildConfig, settings)), make_clusters(9, 16, 5, seed=3)[0][:, :8]
