@@ -4,8 +4,11 @@ A body is a fixed little-endian header (a magic word, the format's version, coun
 the header are claims: the length they imply must be the length of the body, so that no count is ever trusted. Arrays
 are read where they lie, without a copy.
 
-    query   GSLQ  version  queries  dim  k  probes  refine  filter bytes  recall | queries x dim float32 | filter, JSON
+    query   GSLQ  version  queries  dim  k  probes  refine  listed  filter bytes  recall
+            | queries x dim float32 | queries x listed int32 | queries x listed float32 | filter, JSON
     hits    GSLH  version  name bytes  queries  k  answered  total | ids int64 | distances float32 | version name
+
+`listed` lists are named for each query, with their distances, where a router has found them for its replicas.
 
 This module knows neither HTTP nor gRPC.
 """
@@ -28,45 +31,55 @@ from gsl_dist.hits import Effort, Hits
 
 QUERY_TYPE, HITS_TYPE = "application/x-gsl-query", "application/x-gsl-hits"
 FORMAT = 3
+Lists = tuple[NDArray[np.int64], NDArray[np.float32]]
 HIT_BYTES = 12
 """What one hit takes: an int64 id and a float32 distance."""
 
 # Both headers are whole multiples of eight bytes, so that the arrays behind them are aligned.
-_QUERY_HEAD = struct.Struct("<4sB3xIIIIIIf4x")
+_QUERY_HEAD = struct.Struct("<4sB3xIIIIIIIf")
 _HITS_HEAD = struct.Struct("<4sBxHIIII")
 _LARGEST = 2**32 - 1
 
 QUERY_HEAD_BYTES = _QUERY_HEAD.size
 
 
-def pack_query(queries: NDArray[np.float32], effort: Effort) -> bytes:
+def pack_query(queries: NDArray[np.float32], effort: Effort, probed: Lists | None = None) -> bytes:
     """Write queries and the effort to search them with; what is left open is for the server to choose.
 
-    Shapes: queries (Q, D) float32.
+    Shapes: queries (Q, D) float32; probed, lists and their distances, (Q, P) each.
     Raises:
         QueryError: a count is no whole number above zero, recall is no share, or the filter is nothing that JSON knows.
     """
     counted = zip(Effort._fields[:3], effort[:3], strict=True)
     asked = [0 if value is None else _count(name, value) for name, value in counted]
     where = b"" if effort.where is None else _write_where(effort.where)
-    counts = len(queries), queries.shape[1], *asked, len(where), _check_share(effort.recall)
-    return b"".join((_QUERY_HEAD.pack(b"GSLQ", FORMAT, *counts), np.ascontiguousarray(queries, "<f4").tobytes(), where))
+    lists, distances = probed if probed is not None else (np.empty((0, 0)), np.empty((0, 0)))
+    counts = len(queries), queries.shape[1], *asked, lists.shape[1], len(where), _check_share(effort.recall)
+    parts = [(queries, "<f4"), (lists, "<i4"), (distances, "<f4")]
+    arrays = [np.ascontiguousarray(array, kind).tobytes() for array, kind in parts]
+    return b"".join((_QUERY_HEAD.pack(b"GSLQ", FORMAT, *counts), *arrays, where))
 
 
-def unpack_query(body: bytes) -> tuple[NDArray[np.float32], Effort]:
-    """Read queries and the effort; the array is a read-only view of the body.
+def unpack_query(body: bytes) -> tuple[NDArray[np.float32], Effort, Lists | None]:
+    """Read queries, the effort, and lists if any were named; queries are a read-only view of the body.
 
-    Shapes: -> queries (Q, D) float32.
+    Shapes: -> queries (Q, D) float32; lists (Q, P) int64 and their distances (Q, P) float32, or None.
     Raises:
         QueryError: another format, or a length that its header does not account for.
     """
-    rows, dim, k, probes, refine, where_bytes, recall = _read_head(_QUERY_HEAD, b"GSLQ", body)
-    where_at = _QUERY_HEAD.size + 4 * rows * dim
+    rows, dim, k, probes, refine, listed, where_bytes, recall = _read_head(_QUERY_HEAD, b"GSLQ", body)
+    lists_at = _QUERY_HEAD.size + 4 * rows * dim
+    where_at = lists_at + 8 * rows * listed
     _expect_length(body, where_at + where_bytes)
     queries = np.frombuffer(body, "<f4", rows * dim, _QUERY_HEAD.size).reshape(rows, dim)
     where = _read_where(body[where_at:]) if where_bytes else None
     # As few digits as tell a float32 from its neighbours: .95 comes back as .95.
-    return queries, Effort(k, probes or None, refine or None, float(str(np.float32(recall))) if recall else None, where)
+    effort = Effort(k, probes or None, refine or None, float(str(np.float32(recall))) if recall else None, where)
+    if not listed:
+        return queries, effort, None
+    lists = np.frombuffer(body, "<i4", rows * listed, lists_at).reshape(rows, listed).astype(np.int64)
+    distances = np.frombuffer(body, "<f4", rows * listed, lists_at + 4 * rows * listed).reshape(rows, listed)
+    return queries, effort, (lists, distances)
 
 
 def pack_hits(hits: Hits) -> bytes:

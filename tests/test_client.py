@@ -34,7 +34,7 @@ def test_anything_like_an_array_is_sent_as_float32_rows(queries):
         return httpx.Response(200, content=pack_hits(HITS), headers={"content-type": HITS_TYPE})
 
     hits = answering(handle).search(queries, 2, 4)
-    path, (rows, effort) = sent[0]
+    path, (rows, effort, _) = sent[0]
     assert (path, rows.shape, effort) == ("/v1/search", (1, 3), (2, 4, None, None, None))
     assert hits.is_partial and hits.ids.tolist() == [[4, -1]]
 

@@ -21,9 +21,20 @@ HITS = Hits(np.arange(6).reshape(3, 2), np.arange(6, dtype=np.float32).reshape(3
     ],
 )
 def test_a_query_comes_back_as_it_was(effort):
-    queries, asked = unpack_query(pack_query(QUERIES, effort))
+    queries, asked, probed = unpack_query(pack_query(QUERIES, effort))
     assert np.array_equal(queries, QUERIES) and queries.dtype == np.float32
-    assert asked == effort
+    assert asked == effort and probed is None
+
+
+def test_named_lists_come_back_as_they_were():
+    lists = np.array([[3, 1], [0, -1], [2, 7]]), np.arange(6, dtype=np.float32).reshape(3, 2)
+    body = pack_query(QUERIES, Effort(3, 2, where={"a": 1}), lists)
+    queries, effort, back = unpack_query(body)
+    assert np.array_equal(queries, QUERIES) and effort == Effort(3, 2, where={"a": 1})
+    assert np.array_equal(back[0], lists[0]) and np.array_equal(back[1], lists[1]) and back[0].dtype == np.int64
+    for cut in range(len(body)):
+        with pytest.raises(QueryError):
+            unpack_query(body[:cut])
 
 
 def test_hits_come_back_as_they_were():
@@ -85,6 +96,6 @@ def test_numbers_that_are_none_are_named(field, value):
 @pytest.mark.parametrize("where", [b"{", b"\xff\xff", b"[" * 5000])
 def test_a_filter_that_is_not_json_is_refused(where):
     body = bytearray(pack_query(QUERIES, Effort(where={"a": 1})))
-    body[28:32] = len(where).to_bytes(4, "little")
+    body[32:36] = len(where).to_bytes(4, "little")
     with pytest.raises(QueryError, match="where: "):
         unpack_query(bytes(body[: QUERY_HEAD_BYTES + QUERIES.nbytes]) + where)

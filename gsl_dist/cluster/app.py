@@ -159,7 +159,9 @@ def _is_binary(request: Request) -> bool:
 
 def _read_binary(body: bytes, params: Mapping[str, str]) -> dict[str, Any]:
     _refuse_unknown(params, {"require_all", "version"})
-    queries, effort = unpack_query(body)
+    queries, effort, probed = unpack_query(body)
+    if probed is not None:
+        raise QueryError("body", "named lists", "only a router names lists, to its replicas")
     words = {"true": True, "false": False}
     asked = params.get("require_all", "false")
     if asked not in words:

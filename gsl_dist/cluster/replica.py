@@ -19,10 +19,12 @@ import uvloop
 
 from gsl_dist.cluster.frames import Frames, Status, greet
 from gsl_dist.errors import ArtefactError, BadInput, ConfigError, pack_error
+from gsl_dist.index.coarse import Probed, check_lists
 from gsl_dist.index.search import LocalSearcher, check_effort, check_queries
 from gsl_dist.wire import QUERY_HEAD_BYTES, pack_hits, unpack_query
 
 _log = logging.getLogger(__name__)
+_FEW_LISTS = 64
 
 
 class Replica:
@@ -40,8 +42,9 @@ class Replica:
     ) -> None:
         self.searcher, self.max_bytes, self._host = searcher, max_bytes, host
         # On one core a second thread gains a single query nothing and costs it two changes of thread, a tenth of its
-        # time; so it is answered where it arrives. Batches, and queries with a filter, go to the pool.
-        self._at_once_bytes = 4 * searcher.codebook.dim + QUERY_HEAD_BYTES if threads == 1 else 0
+        # time; so it is answered where it arrives. Batches, and queries with long filters, go to the pool.
+        dim, lists = searcher.codebook.dim, searcher.codebook.lists
+        self._at_once_bytes = QUERY_HEAD_BYTES + 4 * dim + 8 * min(lists, _FEW_LISTS) if threads == 1 else 0
         self.greeting = greet(searcher.manifest.version, list(searcher.shards))
         # OpenMP counts threads for each calling thread, so every pool thread is told. One thread more than the cores
         # keeps a long batch from holding up every single query behind it.
@@ -76,10 +79,11 @@ class Replica:
     def answer(self, body: bytes) -> tuple[Status, bytes]:
         """Search for what a body asks, in whichever thread."""
         try:
-            queries, effort = unpack_query(body)
+            queries, effort, named = unpack_query(body)
             matrix = check_queries(queries, self.searcher.codebook.dim)
+            probed = None if named is None else check_lists(Probed(*named), self.searcher.codebook)
             # The router turns distances to what users see, once all replicas' are merged.
-            hits = self.searcher.find(matrix, check_effort(effort, self.searcher.manifest))
+            hits = self.searcher.find(matrix, check_effort(effort, self.searcher.manifest), probed)
             return Status.DONE, pack_hits(hits)
         except BadInput as error:
             return Status.REFUSED, pack_error(error).encode()

@@ -19,8 +19,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from numpy.typing import ArrayLike
 
 from gsl_dist.cluster.frames import Asker, greet
+from gsl_dist.codebook import FloatArray
 from gsl_dist.errors import ShardUnavailable
 from gsl_dist.hits import Effort, Hits, merge_topk, show_distances
+from gsl_dist.index.coarse import CoarseStep, Probed
 from gsl_dist.index.manifest import Manifest, ShardEntry
 from gsl_dist.index.search import check_effort, check_queries
 from gsl_dist.wire import pack_query, unpack_hits
@@ -113,6 +115,7 @@ class Router:
         manifest: the version.
         groups: the shards that each replica holds, by its name.
         resolve: finds the address of a replica.
+        coarse: finds the lists of a query for all replicas; None: each finds them for itself.
         timeout_s: how long a replica may take.
         max_bytes: the longest message.
     """
@@ -123,10 +126,11 @@ class Router:
         groups: Mapping[str, Sequence[str]],
         resolve: Resolve,
         *,
+        coarse: CoarseStep | None = None,
         timeout_s: float = 10.0,
         max_bytes: int = 1 << 26,
     ) -> None:
-        self.manifest, self._timeout_s = manifest, timeout_s
+        self.manifest, self._coarse, self._timeout_s = manifest, coarse, timeout_s
         self._links = [Link(name, shards, manifest.version, resolve, max_bytes) for name, shards in groups.items()]
 
     def start(self) -> None:
@@ -149,7 +153,7 @@ class Router:
         """
         metric = self.manifest.metric
         matrix, effort = check_queries(queries, self.manifest.dim, metric), check_effort(effort, self.manifest)
-        body = pack_query(matrix, effort)
+        body = pack_query(matrix, effort, await self._probe(matrix, effort))
         answers = await asyncio.gather(*(link.ask(body, self._timeout_s) for link in self._links))
         missing = [
             shard for link, answer in zip(self._links, answers, strict=True) for shard in link.shards if answer is None
@@ -158,6 +162,16 @@ class Router:
         if not found or (missing and require_all):
             raise ShardUnavailable(missing, len(self.manifest.shards))
         return show_distances(found[0] if len(answers) == 1 else merge_topk(found, effort.k), metric)
+
+    async def _probe(self, matrix: FloatArray, effort: Effort) -> Probed | None:
+        """Find the lists that queries look into; with a filter each replica finds its own, it may need more."""
+        assert effort.probes is not None, "it was settled"
+        if self._coarse is None or effort.where is not None:
+            return None
+        if len(matrix) == 1:
+            return self._coarse.probe(matrix, effort.probes)
+        # A batch would hold up the loop, and with it every other query.
+        return await asyncio.get_running_loop().run_in_executor(None, self._coarse.probe, matrix, effort.probes)
 
 
 def spread_shards(shards: Sequence[ShardEntry], replicas: int) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ import asyncio
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import ray
@@ -33,6 +33,7 @@ from gsl_dist.cluster.router import Router, spread_shards
 from gsl_dist.cluster.session import Progress, start_session, stay_quiet
 from gsl_dist.config import Location, Resources, Strict
 from gsl_dist.errors import ConfigError, GslError
+from gsl_dist.index.coarse import open_coarse
 from gsl_dist.index.manifest import Manifest, open_version, verify_version
 from gsl_dist.index.search import open_searcher
 from gsl_dist.storage import Folder
@@ -59,6 +60,9 @@ class ServeConfig(Strict):
     port: int = Field(default=8080, ge=0, le=65535, description="the direct port; 0 for any free one")
     route_prefix: str = Field(default="/", pattern=r"^/", description="the path below which Serve's own door answers")
     serve_port: int = Field(default=8000, ge=1, le=65535, description="the port of Serve's own door")
+    coarse: Literal["router", "replicas"] = Field(
+        default="router", description="who finds the lists of a query: the router once for all, or each replica"
+    )
     resources: Resources = Field(default=Resources(), description="what each replica takes; cpus are its threads")
     timeout_s: float = Field(default=10.0, gt=0, description="how long a replica may take over a query")
     start_timeout_s: float = Field(default=300.0, gt=0, description="how long the service may take to start")
@@ -114,7 +118,15 @@ class RouterShell:
     ) -> None:
         self._handles = dict(zip(groups, replicas, strict=True))
         limits = Limits(config.max_batch, config.max_body_bytes)
-        router = Router(manifest, groups, self._resolve, timeout_s=config.timeout_s, max_bytes=config.max_body_bytes)
+        coarse = open_coarse(Folder(config.index), manifest) if config.coarse == "router" else None
+        router = Router(
+            manifest,
+            groups,
+            self._resolve,
+            coarse=coarse,
+            timeout_s=config.timeout_s,
+            max_bytes=config.max_body_bytes,
+        )
         app = create_app(router, config.index, limits)
         self._door = DirectDoor(router, app, host=config.host, port=config.port)
         self._door.start()

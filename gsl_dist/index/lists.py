@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray
 from gsl_dist.hits import FAR, NO_ID
 from gsl_dist.index import vlq
+from gsl_dist.index.coarse import Probed, follow_graph, search_probed
 from gsl_dist.index.selection import Places, Selection
 from gsl_dist.index.shards import (
     CoarseSearch,
@@ -37,8 +38,6 @@ from gsl_dist.index.shards import (
 _TABLE_BYTES = 256 << 20
 _UNSELECTED = ("rq", "lsq")
 """Kinds whose lists faiss cannot search for some rows only."""
-# Candidates that the search of a graph keeps: the nearest cells are among them for 99 of 100 queries and more.
-_WIDTHS_PER_PROBE, _LEAST_WIDTH = 2, 64
 
 
 class Lists(Protocol):
@@ -53,11 +52,18 @@ class Lists(Protocol):
         """Give where each row is, by id; made when it is first asked for, and kept."""
 
     def search(
-        self, queries_QD: FloatArray, k: int, probes: int, chosen: Selection | None = None
+        self,
+        queries_QD: FloatArray,
+        k: int,
+        probes: int,
+        chosen: Selection | None = None,
+        *,
+        probed: Probed | None = None,
     ) -> tuple[FloatArray, IdArray]:
         """Give the k nearest rows of each query in the `probes` lists that come first, among those chosen.
 
-        Distances are squared; where the metric is the inner product, they are its negative.
+        Which lists come first is found here, unless it is told. Distances are squared; where the metric is the inner
+        product, they are its negative.
 
         Shapes: (Q, D) -> distances (Q, k) float32, ids (Q, k) int64, -1 where there is no further row.
         """
@@ -85,9 +91,9 @@ class FaissLists:
     codebook: Codebook
 
     @cached_property
-    def linked(self) -> bool:
-        """Tell whether cells are found through an HNSW graph."""
-        return isinstance(faiss.downcast_index(self.index.quantizer), faiss.IndexHNSW)
+    def centroids(self) -> faiss.Index:
+        """Give what finds cells."""
+        return faiss.downcast_index(self.index.quantizer)
 
     @property
     def rows(self) -> int:
@@ -106,7 +112,13 @@ class FaissLists:
         return Places.of(read_ids(self.index))
 
     def search(
-        self, queries_QD: FloatArray, k: int, probes: int, chosen: Selection | None = None
+        self,
+        queries_QD: FloatArray,
+        k: int,
+        probes: int,
+        chosen: Selection | None = None,
+        *,
+        probed: Probed | None = None,
     ) -> tuple[FloatArray, IdArray]:
         """Give the k nearest rows of each query in its `probes` nearest cells, among those chosen.
 
@@ -117,11 +129,12 @@ class FaissLists:
         turned, params = turn_queries(queries_QD, self.codebook), faiss.SearchParametersIVF(nprobe=probes)
         if chosen is not None:
             params.sel = chosen.selector
-        if self.linked:
-            width = _WIDTHS_PER_PROBE * probes + _LEAST_WIDTH
+        if probed is not None and probed.lists.shape[1] == probes:
+            answered, ids = search_probed(self.index, turned, k, probed, params)
+            return read_distances(answered, ids, queries_QD, self.codebook), ids
+        if (followed := follow_graph(self.centroids, probes)) is not None:
             # Kept here as well: faiss holds no more than a pointer.
-            params.quantizer_params = followed = faiss.SearchParametersHNSW(efSearch=width)
-            params.referenced_objects = [followed]
+            params.quantizer_params, params.referenced_objects = followed, [followed]
         answered, ids = self.index.search(turned, k, params=params)
         return read_distances(answered, ids, queries_QD, self.codebook), ids
 

@@ -22,6 +22,7 @@ from gsl_dist.codebook import Codebook, FloatArray, IdArray
 from gsl_dist.errors import QueryError
 from gsl_dist.filters import parse_where
 from gsl_dist.hits import FAR, NO_ID, Effort, Hits, merge_topk, show_distances
+from gsl_dist.index.coarse import Probed
 from gsl_dist.index.lists import Lists, join_lists, open_lists
 from gsl_dist.index.manifest import Manifest, ShardEntry, open_codebook, open_version, version_folder
 from gsl_dist.index.refine import VectorStore, measure_exactly, open_vectors
@@ -187,8 +188,13 @@ class LocalSearcher:
         effort = check_effort(Effort(k, probes, refine, recall, where), self.manifest)
         return show_distances(self.find(matrix, effort), self.codebook.metric)
 
-    def find(self, queries: FloatArray, effort: Effort) -> Hits:
+    def find(self, queries: FloatArray, effort: Effort, probed: Probed | None = None) -> Hits:
         """Search with queries and effort that were checked; of distances, smaller is nearer whatever the metric.
+
+        Args:
+            queries: of the dimension, and of length 1 where the metric is the cosine.
+            effort: settled by `check_effort`.
+            probed: the lists to look into, if they were found before.
 
         Raises:
             QueryError: the filter asks for what the payload does not have.
@@ -196,7 +202,7 @@ class LocalSearcher:
         k, probes, refine, _, where = effort
         assert probes is not None and refine is not None, "both were settled"
         if where is None:
-            distances, ids = self.lists.search(queries, k * refine, probes)
+            distances, ids = self.lists.search(queries, k * refine, probes, probed=probed)
         else:
             assert self.payload is not None, "opened without what filters look at"
             distances, ids = self._find_chosen(queries, k * refine, probes, self.payload.select(where))

@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray
 from gsl_dist.errors import ArtefactError, DataError
 from gsl_dist.hits import FAR
+from gsl_dist.index.coarse import Probed
 from gsl_dist.index.mapped import map_arrays, write_arrays
 from gsl_dist.index.selection import Places, Selection
 from gsl_dist.index.shards import refuse_bad_ids
@@ -121,13 +122,14 @@ class LineLists:
         """Give where each row is, by id."""
         return Places.of(self.ids_N)
 
-    def search(
+    def search(  # noqa: PLR0913 - what a search may be told
         self,
         queries_QD: FloatArray,
         k: int,
         probes: int,
         chosen: Selection | None = None,
         *,
+        probed: Probed | None = None,
         threads: int | None = None,
         cells: int | None = None,
     ) -> tuple[FloatArray, IdArray]:
@@ -138,11 +140,13 @@ class LineLists:
             k: neighbours wanted.
             probes: regions to look into.
             chosen: rows that may be found; all by default.
+            probed: None; regions are ranked here.
             threads: that share the queries; as many as faiss has by default.
             cells: nearest cells whose regions are ranked; four times as many as would hold `probes` by default.
 
         Shapes: (Q, D) -> squared distances (Q, k) float32, ids (Q, k) int64, -1 where there is no further row.
         """
+        assert probed is None, "no coarse step ranks regions"
         tables, codebook, threads = self.tables, self.codebook, threads or faiss.omp_get_max_threads()
         wanted = cells or -(-CELLS_SHARE * probes // codebook.edge_count)
         reach = min(max(wanted, -(-probes // codebook.edge_count)), codebook.cells)

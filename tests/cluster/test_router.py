@@ -18,10 +18,12 @@ from worlds import make_codebook, make_index, make_queries
 
 from gsl_dist.client import Client
 from gsl_dist.cluster.app import DirectDoor, Handover, Limits, bind_port, create_app
+from gsl_dist.cluster.frames import Status
 from gsl_dist.cluster.replica import Replica
 from gsl_dist.cluster.router import Router, spread_shards
 from gsl_dist.errors import ConfigError, QueryError, ShardUnavailable
 from gsl_dist.hits import Effort
+from gsl_dist.index.coarse import open_coarse
 from gsl_dist.index.manifest import ShardEntry, publish_version
 from gsl_dist.index.search import open_searcher
 from gsl_dist.storage import FileEntry, Folder
@@ -31,13 +33,14 @@ from gsl_dist.wire import QUERY_TYPE, pack_query, unpack_hits
 class World:
     """Replicas and a router of one index in this process."""
 
-    def __init__(self, folder, replicas=2, limits=None, timeout_s=5.0):
+    def __init__(self, folder, replicas=2, limits=None, timeout_s=5.0, coarse="router"):
         self.folder, self.local = str(folder), open_searcher(str(folder))
         self.groups = spread_shards(self.local.manifest.shards, replicas)
         self.replicas, self.addresses = {}, {}
         for name in self.groups:
             self.begin(name)
-        self.router = Router(self.local.manifest, self.groups, self.resolve, timeout_s=timeout_s)
+        step = open_coarse(Folder(self.folder), self.local.manifest) if coarse == "router" else None
+        self.router = Router(self.local.manifest, self.groups, self.resolve, coarse=step, timeout_s=timeout_s)
         self.door = DirectDoor(
             self.router, create_app(self.router, self.folder, limits or Limits()), host="127.0.0.1", port=0
         )
@@ -97,6 +100,32 @@ def test_refining_gives_the_same_at_every_door_and_is_exact_over_all_candidates(
     body = {"vectors": queries.tolist(), "k": k, "probes": 8, "refine": 60}
     assert world.post(body).json()["ids"] == expected.ids.tolist()
     world.stop()
+
+
+@pytest.mark.parametrize("kind", ["pq", "rq", "cq", "vlq"])
+@pytest.mark.parametrize("coarse", ["router", "replicas"])
+def test_whoever_finds_the_lists_the_answer_is_the_same(tmp_path, kind, coarse):
+    make_index(tmp_path, codebook=make_codebook(kind, residual=kind != "cq"))
+    world, queries = World(tmp_path, coarse=coarse), make_queries(30)
+    with Client(world.url) as client:
+        for probes in (1, 3, 8):
+            expected = world.local.search(queries, 7, probes=probes)
+            batch = client.search(queries, 7, probes)
+            np.testing.assert_allclose(batch.distances, expected.distances, rtol=1e-4, atol=1e-4)
+            single = client.search(queries[0], 7, probes)
+            np.testing.assert_allclose(single.distances, expected.distances[:1], rtol=1e-4, atol=1e-4)
+    world.stop()
+
+
+def test_lists_named_by_anyone_but_a_router_are_refused(world):
+    named = np.zeros((1, 2), np.int64), np.zeros((1, 2), np.float32)
+    answer = world.post(pack_query(make_queries(1), Effort(3, 2), named), kind=QUERY_TYPE)
+    assert (answer.status_code, answer.json()["field"]) == (400, "body")
+    replica = next(iter(world.replicas.values()))
+    for wrong in (8, -2, 2**31 - 1):
+        named = np.full((1, 2), wrong), np.zeros((1, 2), np.float32)
+        status, body = replica.answer(pack_query(make_queries(1), Effort(3, 2), named))
+        assert status == Status.REFUSED and b"lists: got" in body
 
 
 @pytest.mark.parametrize("metric", ["ip", "cosine"])
