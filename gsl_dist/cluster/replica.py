@@ -60,6 +60,8 @@ class Replica:
         Raises:
             ConfigError: the host cannot be bound.
         """
+        # What a first search makes, tables and compiled loops, is made before anybody waits for it.
+        self.probe()
         self._thread.start()
         try:
             return f"{self._host}:{self._ready.result()}"
