@@ -20,8 +20,10 @@ from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray
 from gsl_dist.index import vlq
 from gsl_dist.index.shards import (
     CoarseSearch,
+    CodeLayout,
     create_shard,
     fill_shard,
+    join_shards,
     read_distances,
     read_lists,
     read_shard,
@@ -105,9 +107,14 @@ def name_file(shard: str, codebook: Codebook) -> str:
 
 
 def make_lists(
-    codebook: Codebook, ids_N: IdArray, lists_N: IdArray, codes: CodeArray, coarse_search: CoarseSearch = "flat"
+    codebook: Codebook,
+    ids_N: IdArray,
+    lists_N: IdArray,
+    codes: CodeArray,
+    coarse_search: CoarseSearch = "flat",
+    code_layout: CodeLayout = "plain",
 ) -> Lists:
-    """Put codes into their lists, which a query finds as `coarse_search` says.
+    """Put codes into their lists, which a query finds as `coarse_search` says and scans as `code_layout` says.
 
     Shapes: ids_N, lists_N (N,) int64; codes (N, code_bytes) uint8, packed.
     Raises:
@@ -115,7 +122,7 @@ def make_lists(
     """
     if codebook.kind == "vlq":
         return vlq.make_lists(codebook, ids_N, lists_N, codes)
-    index = create_shard(codebook, coarse_search)
+    index = create_shard(codebook, coarse_search, code_layout)
     fill_shard(index, ids_N, lists_N, codes)
     return FaissLists(index, codebook)
 
@@ -143,9 +150,9 @@ def join_lists(shards: Sequence[Lists]) -> Lists:
     assert isinstance(first, FaissLists), type(first)
     codebook, whole = first.codebook, first.index
     for shard in cast("Sequence[FaissLists]", others):
-        whole.merge_from(shard.index, 0)
+        join_shards(whole, shard.index)
     table_bytes = codebook.cells * codebook.sub_vectors * codebook.codewords * 4
-    if codebook.residual and not codebook.additive and table_bytes <= _TABLE_BYTES:
+    if codebook.residual and codebook.kind == "pq" and table_bytes <= _TABLE_BYTES:
         whole.use_precomputed_table = 1
         whole.precompute_table()
     return first

@@ -62,6 +62,7 @@ class Manifest(Strict):
     bytes_per_item: int
     vectors: Precision | None = None
     coarse_search: str = "flat"
+    code_layout: str = "plain"
     rows: int
     shards: list[ShardEntry]
     codebook: FileEntry

@@ -3,6 +3,8 @@
 A faiss index is given our centroids and codewords and our codes go straight into its inverted lists, so building costs
 a sort and a copy. The file opens in plain faiss and answers the same: `pq` as IndexIVFPQ, `rq` and `lsq` as faiss's
 additive indexes, which decode every item they look at: exact, no byte more an item, and about a hundred times slower.
+Product codes of 4 bits may also lie in blocks for fast-scan (`gsl_dist.index.blocks`), as IndexIVFPQFastScan: distances
+to the precision of tables of bytes, so that candidates should be ranked again by vectors that the version keeps.
 
 A composite codebook (`cq`) is an IndexIVFPQ of inner products over M (D + 1) dims: the query (q, 1) stands there M
 times, part m is compared with the codewords (w_m, b_m), and what faiss adds up is the score of
@@ -26,8 +28,10 @@ import numpy as np
 from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray
 from gsl_dist.errors import ArtefactError, DataError
 from gsl_dist.hits import FAR
+from gsl_dist.index.blocks import append_rows, move_rows, open_blocks, read_rows
 
 CoarseSearch = Literal["flat", "hnsw"]
+CodeLayout = Literal["plain", "fastscan"]
 
 HNSW_LINKS, HNSW_WIDTH = 32, 200
 """Links of a centroid to others, and how many candidates are looked at to make them."""
@@ -61,17 +65,28 @@ _LAYOUTS = {
     "lsq": Layout(faiss.IndexIVFLocalSearchQuantizer, "lsq", "codebooks", "d", {"is_trained": True}),
     "cq": Layout(faiss.IndexIVFPQ, "pq", "centroids", "dsub", {}, faiss.METRIC_INNER_PRODUCT),
 }
+_FAST = Layout(faiss.IndexIVFPQFastScan, "pq", "centroids", "dsub", {})
 
 
-def create_shard(codebook: Codebook, coarse_search: CoarseSearch = "flat") -> faiss.IndexIVF:
+def suits_fastscan(codebook: Codebook) -> bool:
+    """Tell whether codes can lie in blocks for fast-scan: product codes of 4 bits."""
+    return codebook.kind == "pq" and codebook.bits == 4
+
+
+def create_shard(
+    codebook: Codebook, coarse_search: CoarseSearch = "flat", code_layout: CodeLayout = "plain"
+) -> faiss.IndexIVF:
     """Make empty, trained faiss lists that have this codebook, its rotation apart.
 
     Args:
         codebook: not of lines.
         coarse_search: whether a query is compared with all centroids, or finds the nearest through an HNSW graph of
             them: the same graph for the same codebook.
+        code_layout: whether codes lie row after row, or in blocks for fast-scan, if they are such that can.
     """
-    layout, (centroids, words) = _LAYOUTS[codebook.kind], _lay_out(codebook)
+    assert code_layout == "plain" or suits_fastscan(codebook), (codebook.kind, codebook.bits)
+    layout = _LAYOUTS[codebook.kind] if code_layout == "plain" else _FAST
+    centroids, words = _lay_out(codebook)
     coarse = _make_coarse(centroids, layout.metric, coarse_search)
     shape = (centroids.shape[1], codebook.cells, codebook.sub_vectors, codebook.bits)
     index = layout.index(coarse, *shape, layout.metric)
@@ -118,12 +133,22 @@ def fill_shard(index: faiss.IndexIVF, ids_N: IdArray, cells_N: IdArray, codes: C
     order = np.lexsort((ids_N, cells_N))
     cells_N, ids_N, codes = cells_N[order], ids_N[order], np.ascontiguousarray(codes[order])
     refuse_bad_ids(ids_N)
-    starts = np.flatnonzero(np.r_[True, cells_N[1:] != cells_N[:-1]])
+    starts, blocks = np.flatnonzero(np.r_[True, cells_N[1:] != cells_N[:-1]]), open_blocks(index)
     for start, stop in zip(starts, np.r_[starts[1:], len(cells_N)], strict=True):
-        index.invlists.add_entries(
-            int(cells_N[start]), int(stop - start), faiss.swig_ptr(ids_N[start:stop]), faiss.swig_ptr(codes[start:stop])
-        )
+        cell, ids_n, own = int(cells_N[start]), ids_N[start:stop], codes[start:stop]
+        if blocks:
+            append_rows(blocks, cell, ids_n, own)
+        else:
+            index.invlists.add_entries(cell, len(ids_n), faiss.swig_ptr(ids_n), faiss.swig_ptr(own))
     index.ntotal += len(ids_N)
+
+
+def join_shards(whole: faiss.IndexIVF, other: faiss.IndexIVF) -> None:
+    """Move the rows of one index to another with the same codebook and layout; it is then empty."""
+    if open_blocks(whole):
+        move_rows(whole, other)
+    else:
+        whole.merge_from(other, 0)
 
 
 def turn_queries(queries_QD: FloatArray, codebook: Codebook) -> FloatArray:
@@ -141,10 +166,11 @@ def read_distances(found_Qk: FloatArray, ids_Qk: IdArray, queries_QD: FloatArray
 
     Shapes: (Q, k), (Q, k), (Q, D) -> (Q, k).
     """
-    if codebook.bias is None:
-        return found_Qk
-    with np.errstate(over="ignore"):  # where nothing was found
-        distances_Qk = np.square(queries_QD).sum(1, keepdims=True) - 2 * found_Qk
+    distances_Qk = found_Qk
+    if codebook.bias is not None:
+        with np.errstate(over="ignore"):  # where nothing was found
+            distances_Qk = np.square(queries_QD).sum(1, keepdims=True) - 2 * found_Qk
+    # There fast-scan answers anything.
     return np.where(ids_Qk < 0, FAR, distances_Qk)
 
 
@@ -171,6 +197,10 @@ def read_shard(path: Path, codebook: Codebook) -> faiss.IndexIVF:
     if found.fingerprint != codebook.fingerprint:
         raise ArtefactError(str(path), f"it was built with another codebook than {codebook.fingerprint}")
     lists = _split_index(index)[1]
+    if open_blocks(lists):
+        # For these faiss makes tables whatever the flag says; who joins lists makes them once.
+        lists.use_precomputed_table = 0
+        lists.precomputed_table.resize(0)
     if lists is not index:
         # The index of the file owns the lists and must live as long as they do. SWIG can hand over what it owns, but
         # then miscounts: after some such objects were freed, it forgets every class of faiss.
@@ -185,10 +215,10 @@ def extract_codebook(index: faiss.Index) -> Codebook:
         ValueError: a codebook does not tell all that this index would do with a query.
     """
     turn, lists = _split_index(index)
-    kind = _name_kind(lists)
-    quantizer = getattr(lists, _LAYOUTS[kind].quantizer)
-    words = faiss.vector_to_array(getattr(quantizer, _LAYOUTS[kind].words))
-    words_MKd = words.reshape(quantizer.M, -1, getattr(quantizer, _LAYOUTS[kind].width))
+    kind, layout = _find_layout(lists)
+    quantizer = getattr(lists, layout.quantizer)
+    words = faiss.vector_to_array(getattr(quantizer, layout.words))
+    words_MKd = words.reshape(quantizer.M, -1, getattr(quantizer, layout.width))
     coarse, matrix = lists.quantizer.reconstruct_n(0, lists.nlist), _read_turn(turn)
     if kind == "cq":
         if turn is None:
@@ -214,7 +244,10 @@ def read_lists(index: faiss.IndexIVF) -> tuple[IdArray, IdArray, CodeArray]:
     if not full:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, index.code_size), np.uint8)
     ids = [faiss.rev_swig_ptr(lists.get_ids(cell), int(sizes[cell])).copy() for cell in full]
-    codes = [faiss.rev_swig_ptr(lists.get_codes(cell), int(sizes[cell]) * index.code_size).copy() for cell in full]
+    if blocks := open_blocks(index):
+        codes = [read_rows(blocks, cell).ravel() for cell in full]
+    else:
+        codes = [faiss.rev_swig_ptr(lists.get_codes(cell), int(sizes[cell]) * index.code_size).copy() for cell in full]
     cells = np.repeat(np.arange(index.nlist), sizes)
     return np.concatenate(ids), cells, np.concatenate(codes).reshape(-1, index.code_size)
 
@@ -264,15 +297,17 @@ def _differ(one: FloatArray | None, other: FloatArray | None) -> bool:
     return not np.array_equal(one if one is not None else np.empty(0), other if other is not None else np.empty(0))
 
 
-def _name_kind(lists: faiss.Index) -> str:
+def _find_layout(lists: faiss.Index) -> tuple[str, Layout]:
+    """Give the kind of the codebook of an index, and how faiss calls its parts."""
+    known = [*_LAYOUTS.items(), ("pq", _FAST)]
     of_lists = (type(lists), lists.metric_type)
-    kind = next((kind for kind, layout in _LAYOUTS.items() if (layout.index, layout.metric) == of_lists), None)
-    if kind is None:
+    found = next(((kind, layout) for kind, layout in known if (layout.index, layout.metric) == of_lists), None)
+    if found is None:
         raise ValueError(f"a {type(lists).__name__} of metric {lists.metric_type} has no codebook")
     # The other ways in which faiss searches sums need norms in the codes, or are not exact.
-    if kind in ("rq", "lsq") and lists.aq.search_type != faiss.AdditiveQuantizer.ST_decompress:
+    if found[0] in ("rq", "lsq") and lists.aq.search_type != faiss.AdditiveQuantizer.ST_decompress:
         raise ValueError(f"search type {lists.aq.search_type} does not compare queries with decoded vectors")
-    return kind
+    return found
 
 
 def refuse_bad_ids(ids_N: IdArray) -> None:
