@@ -1,8 +1,8 @@
 """What a query costs by kind of code: the same rows, cells and probes, one core, ratios to product codes of 8 bits.
 
 Codes are random, which changes no work: every kind reads as many items and looks up as many tables. All but `rabitq`,
-which has a bit a dimension and 8 bytes, are of equal bytes: of 4 bits there are twice as many choices. Rounds of all
-kinds take turns; the ratio of a round is to the product codes of that round.
+which has a bit a dimension and 8 bytes (two bits and 20), are of equal bytes: of 4 bits there are twice as many
+choices. Rounds of all kinds take turns; the ratio of a round is to the product codes of that round.
 
 python benchmarks/scanning.py [--rows 400000] [--dim 128] [--books 8] [--cells 256] [--probes 16] [--rounds 7]
 """
@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 import faiss
 import numpy as np
+import torch
 from record import spread, write_result
 
-from gsl_dist.codebook import Codebook
+from gsl_dist.codebook import Codebook, space_evenly
 from gsl_dist.index.lists import Lists, join_lists, make_lists
+from gsl_dist.quantizers.rabitq import code_rests
 
 
 class Kind(NamedTuple):
@@ -41,6 +43,8 @@ KINDS = {
     "pq 4 bits residual": Kind("pq", 4, residual=True),
     "fastscan": Kind("pq", 4, layout="fastscan"),
     "fastscan residual": Kind("pq", 4, residual=True, layout="fastscan"),
+    "rabitq": Kind("rabitq", 1, residual=True, rotated=True),
+    "rabitq 2 bits": Kind("rabitq", 2, residual=True, rotated=True),
 }
 
 
@@ -70,7 +74,10 @@ def main() -> None:
 def make_shard(shape: Kind, wanted: argparse.Namespace) -> Lists:
     rng = np.random.default_rng(0)
     choices, product = wanted.books * 8 // shape.bits, shape.kind == "pq"
-    books = rng.normal(size=(choices, 1 << shape.bits, wanted.dim // choices if product else wanted.dim))
+    if shape.kind == "rabitq":
+        books = space_evenly(wanted.dim, shape.bits)
+    else:
+        books = rng.normal(size=(choices, 1 << shape.bits, wanted.dim // choices if product else wanted.dim))
     codebook = Codebook(
         rng.normal(size=(wanted.cells, wanted.dim)),
         books,
@@ -79,8 +86,13 @@ def make_shard(shape: Kind, wanted: argparse.Namespace) -> Lists:
         rotation=np.linalg.qr(rng.normal(size=(wanted.dim, wanted.dim)))[0] if shape.rotated else None,
         bias=rng.normal(size=books.shape[:2]) if shape.kind == "cq" else None,
     )
-    codes = rng.integers(256, size=(wanted.rows, codebook.code_bytes), dtype=np.uint8)
     cells = rng.integers(wanted.cells, size=wanted.rows)
+    if shape.kind == "rabitq":
+        # Random factors could be anything, and how far off a row is decides what is looked at.
+        rests = torch.randn(wanted.rows, wanted.dim, generator=torch.Generator().manual_seed(0))
+        codes = codebook.pack(code_rests(rests, shape.bits).numpy())
+    else:
+        codes = rng.integers(256, size=(wanted.rows, codebook.code_bytes), dtype=np.uint8)
     return join_lists([make_lists(codebook, np.arange(wanted.rows), cells, codes, "flat", shape.layout)])
 
 

@@ -238,6 +238,23 @@ def test_codes_of_every_kind_are_served_from_their_files(ray_session, tmp_path, 
     assert exactly.ids.tolist() == [[item for _, item in row] for row in search_in_loops(queries, ids, vectors, 10)]
 
 
+@pytest.mark.parametrize("bits", [1, 3])
+def test_bits_for_every_dimension_are_served_from_their_files(ray_session, tmp_path, bits):
+    write_vectors(tmp_path / "database.parquet", rows=600, seed=2)
+    corpus = {"path": str(tmp_path / "database.parquet"), **COLUMNS}
+    fitted = {"source": "fitted", "corpus": corpus, "output": str(tmp_path / "codebook"), "lloyd": {"iterations": 5}}
+    run_codebook(check_config(CodebookConfig, fitted | {"quantizer": {"kind": "rabitq", "bits": bits, "cells": 4}}))
+    run_encode(check_config(EncodeConfig, encode_settings(tmp_path) | {"model": None}))
+    manifest = run_build(check_config(BuildConfig, build_settings(tmp_path, model=None, vectors="float16")))
+    assert (manifest.kind, manifest.bits, manifest.bytes_per_item) == ("rabitq", bits, {1: 2 + 8, 3: 6 + 20}[bits])
+    codebook, queries = load_codebook(str(tmp_path / "codebook")), make_clusters(20, 16, 5, seed=3)[0]
+    tables = [read_codes(Folder(tmp_path / "codes"), shard.name, codebook) for shard in manifest.shards]
+    ids, vectors = (np.concatenate([getattr(table, name) for table in tables]) for name in ("ids", "vectors"))
+    nearest = np.array([[item for _, item in row] for row in search_in_loops(queries, ids, vectors, 10)])
+    refined = open_searcher(str(tmp_path / "index")).search(queries, 10, probes=4, refine=20)
+    assert (refined.ids == nearest).mean() > 0.9
+
+
 def test_a_version_whose_cells_are_found_through_a_graph_answers_as_the_flat_one(world):
     settings = build_settings(world, index=str(world / "linked"), coarse_search="hnsw")
     manifest, queries = run_build(check_config(BuildConfig, settings)), make_clusters(9, 16, 5, seed=3)[0][:, :8]

@@ -56,6 +56,8 @@ class CodebookConfig(Strict):
             raise ValueError("source: trained is the codebook that the network landed on; ranked is for fitted")
         if self.source == "fitted" and (self.corpus is None or self.quantizer is None):
             raise ValueError("source: fitted takes a corpus and a quantizer")
+        if self.ranked and self.quantizer and self.quantizer.kind == "rabitq":
+            raise ValueError("ranked teaches codewords, and quantizer.kind: rabitq has none that could learn")
         if self.ranked and self.ranked.scores == "tables" and self.quantizer and _codes_residuals(self.quantizer):
             raise ValueError("ranked.scores: tables needs codes of whole vectors: quantizer.residual must be false")
         return self

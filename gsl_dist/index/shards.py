@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import faiss
 import numpy as np
 
-from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray
+from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray, space_evenly
 from gsl_dist.errors import ArtefactError, DataError
 from gsl_dist.hits import FAR
 from gsl_dist.index.blocks import append_rows, move_rows, open_blocks, read_rows
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
     Args:
         index: the class of the index.
         quantizer: the attribute of the index that holds the codewords, and in that:
-        words: the attribute of the codewords, all in a row.
+        words: the attribute of the codewords, all in a row; empty where they are given.
         width: that of the length of one.
         settings: what training would have set, and what is not as faiss has it.
         metric: of the index.
@@ -64,7 +64,10 @@ _LAYOUTS = {
     "rq": Layout(faiss.IndexIVFResidualQuantizer, "rq", "codebooks", "d", {"is_trained": True, "train_type": _LEAN}),
     "lsq": Layout(faiss.IndexIVFLocalSearchQuantizer, "lsq", "codebooks", "d", {"is_trained": True}),
     "cq": Layout(faiss.IndexIVFPQ, "pq", "centroids", "dsub", {}, faiss.METRIC_INNER_PRODUCT),
+    "rabitq": Layout(faiss.IndexIVFRaBitQ, "rabitq", "", "", {}),
 }
+QUERY_BITS = 8
+"""How finely faiss cuts the numbers of a query that is compared with RaBitQ codes; it stands in the file."""
 _FAST = Layout(faiss.IndexIVFPQFastScan, "pq", "centroids", "dsub", {})
 
 
@@ -88,17 +91,22 @@ def create_shard(
     layout = _LAYOUTS[codebook.kind] if code_layout == "plain" else _FAST
     centroids, words = _lay_out(codebook)
     coarse = _make_coarse(centroids, layout.metric, coarse_search)
-    shape = (centroids.shape[1], codebook.cells, codebook.sub_vectors, codebook.bits)
-    index = layout.index(coarse, *shape, layout.metric)
+    shape = (centroids.shape[1], codebook.cells)
+    if codebook.kind == "rabitq":
+        index = layout.index(coarse, *shape, layout.metric, True, codebook.bits)
+        index.qb = QUERY_BITS
+    else:
+        index = layout.index(coarse, *shape, codebook.sub_vectors, codebook.bits, layout.metric)
+        # The tables speed up only long lists and cost cells x M x K floats in every shard of a process.
+        index.use_precomputed_table = -1
     coarse.this.disown()
     index.own_fields = True
     quantizer = getattr(index, layout.quantizer)
-    faiss.copy_array_to_vector(words.ravel(), getattr(quantizer, layout.words))
+    if layout.words:
+        faiss.copy_array_to_vector(words.ravel(), getattr(quantizer, layout.words))
     for name, value in layout.settings.items():
         setattr(quantizer, name, value)
     index.by_residual = codebook.residual
-    # The tables speed up only long lists and cost cells x M x K floats in every shard of a process.
-    index.use_precomputed_table = -1
     index.is_trained = True
     return index
 
@@ -217,8 +225,11 @@ def extract_codebook(index: faiss.Index) -> Codebook:
     turn, lists = _split_index(index)
     kind, layout = _find_layout(lists)
     quantizer = getattr(lists, layout.quantizer)
-    words = faiss.vector_to_array(getattr(quantizer, layout.words))
-    words_MKd = words.reshape(quantizer.M, -1, getattr(quantizer, layout.width))
+    if kind == "rabitq":
+        words_MKd = space_evenly(lists.d, quantizer.nb_bits)
+    else:
+        words = faiss.vector_to_array(getattr(quantizer, layout.words))
+        words_MKd = words.reshape(quantizer.M, -1, getattr(quantizer, layout.width))
     coarse, matrix = lists.quantizer.reconstruct_n(0, lists.nlist), _read_turn(turn)
     if kind == "cq":
         if turn is None:
