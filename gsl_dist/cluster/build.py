@@ -60,7 +60,7 @@ class BuildConfig(Strict):
     )
     code_layout: CodeLayout = Field(
         default="plain",
-        description="how lists hold codes: plain, or fastscan (product codes of 4 bits; keep vectors to refine by)",
+        description="how lists hold codes: plain, or fastscan (pq of 4 bits, rabitq; keep vectors to refine by)",
     )
     promote: bool = True
     resources: Resources = Resources()
@@ -147,7 +147,7 @@ def _check_fit(config: BuildConfig, codes: Card, codebook: Codebook) -> None:
         raise ConfigError("coarse_search", "hnsw", f"codes of kind {codebook.kind} are searched with flat alone")
     if config.code_layout == "fastscan" and not suits_fastscan(codebook):
         found = f"these are {codebook.kind} codes of {codebook.bits} bits"
-        raise ConfigError("code_layout", "fastscan", f"it takes product codes (pq, opq) of 4 bits; {found}")
+        raise ConfigError("code_layout", "fastscan", f"it takes rabitq, or pq and opq of 4 bits; {found}")
     if config.vectors and not codes.config.get("keep_vectors"):
         raise ConfigError("vectors", config.vectors, f"{config.codes} holds codes alone: encode with keep_vectors=true")
     written_with = codes.facts["codebook_fingerprint"]

@@ -1,4 +1,4 @@
-"""Product codes of 4 bits in blocks of 32 rows, as faiss's fast-scan wants them.
+"""Product codes of 4 bits, or RaBitQ codes, in blocks of 32 rows, as faiss's fast-scan wants them.
 
 Fast-scan keeps a query's tables in registers, as bytes, and looks 32 rows up at once: several times as fast as a plain
 scan, to the precision of a byte. So the codes of 32 rows lie interleaved in a block. How they do is faiss's affair: its
@@ -24,6 +24,12 @@ def open_blocks(index: faiss.IndexIVF) -> faiss.BlockInvertedLists | None:
     """Give the lists of an index if they hold blocks."""
     lists = faiss.downcast_InvertedLists(index.invlists)
     return lists if isinstance(lists, faiss.BlockInvertedLists) else None
+
+
+def has_our_blocks(index: faiss.IndexIVF) -> bool:
+    """Tell whether lists hold blocks of as many rows as we read and write."""
+    lists = open_blocks(index)
+    return lists is not None and index.bbs == lists.n_per_block == BLOCK_ROWS
 
 
 def append_rows(lists: faiss.BlockInvertedLists, cell: int, ids_n: IdArray, codes: CodeArray) -> None:

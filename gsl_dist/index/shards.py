@@ -3,8 +3,9 @@
 A faiss index is given our centroids and codewords and our codes go straight into its inverted lists, so building costs
 a sort and a copy. The file opens in plain faiss and answers the same: `pq` as IndexIVFPQ, `rq` and `lsq` as faiss's
 additive indexes, which decode every item they look at: exact, no byte more an item, and about a hundred times slower.
-Product codes of 4 bits may also lie in blocks for fast-scan (`gsl_dist.index.blocks`), as IndexIVFPQFastScan: distances
-to the precision of tables of bytes, so that candidates should be ranked again by vectors that the version keeps.
+Product codes of 4 bits and RaBitQ codes (`rabitq`, IndexIVFRaBitQ) may also lie in blocks for fast-scan
+(`gsl_dist.index.blocks`), as IndexIVFPQFastScan and IndexIVFRaBitQFastScan: distances to the precision of tables of
+bytes, so that candidates should be ranked again by vectors that the version keeps.
 
 A composite codebook (`cq`) is an IndexIVFPQ of inner products over M (D + 1) dims: the query (q, 1) stands there M
 times, part m is compared with the codewords (w_m, b_m), and what faiss adds up is the score of
@@ -28,7 +29,7 @@ import numpy as np
 from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray, space_evenly
 from gsl_dist.errors import ArtefactError, DataError
 from gsl_dist.hits import FAR
-from gsl_dist.index.blocks import append_rows, move_rows, open_blocks, read_rows
+from gsl_dist.index.blocks import BLOCK_ROWS, append_rows, has_our_blocks, move_rows, open_blocks, read_rows
 
 CoarseSearch = Literal["flat", "hnsw"]
 CodeLayout = Literal["plain", "fastscan"]
@@ -68,12 +69,15 @@ _LAYOUTS = {
 }
 QUERY_BITS = 8
 """How finely faiss cuts the numbers of a query that is compared with RaBitQ codes; it stands in the file."""
-_FAST = Layout(faiss.IndexIVFPQFastScan, "pq", "centroids", "dsub", {})
+_FAST = {
+    "pq": Layout(faiss.IndexIVFPQFastScan, "pq", "centroids", "dsub", {}),
+    "rabitq": Layout(faiss.IndexIVFRaBitQFastScan, "rabitq", "", "", {}),
+}
 
 
 def suits_fastscan(codebook: Codebook) -> bool:
-    """Tell whether codes can lie in blocks for fast-scan: product codes of 4 bits."""
-    return codebook.kind == "pq" and codebook.bits == 4
+    """Tell whether codes can lie in blocks for fast-scan: product codes of 4 bits, and RaBitQ codes."""
+    return codebook.kind == "rabitq" or (codebook.kind == "pq" and codebook.bits == 4)
 
 
 def create_shard(
@@ -88,12 +92,13 @@ def create_shard(
         code_layout: whether codes lie row after row, or in blocks for fast-scan, if they are such that can.
     """
     assert code_layout == "plain" or suits_fastscan(codebook), (codebook.kind, codebook.bits)
-    layout = _LAYOUTS[codebook.kind] if code_layout == "plain" else _FAST
+    layout = (_LAYOUTS if code_layout == "plain" else _FAST)[codebook.kind]
     centroids, words = _lay_out(codebook)
     coarse = _make_coarse(centroids, layout.metric, coarse_search)
     shape = (centroids.shape[1], codebook.cells)
     if codebook.kind == "rabitq":
-        index = layout.index(coarse, *shape, layout.metric, True, codebook.bits)
+        block = () if code_layout == "plain" else (BLOCK_ROWS,)
+        index = layout.index(coarse, *shape, layout.metric, *block, True, codebook.bits)
         index.qb = QUERY_BITS
     else:
         index = layout.index(coarse, *shape, codebook.sub_vectors, codebook.bits, layout.metric)
@@ -205,7 +210,7 @@ def read_shard(path: Path, codebook: Codebook) -> faiss.IndexIVF:
     if found.fingerprint != codebook.fingerprint:
         raise ArtefactError(str(path), f"it was built with another codebook than {codebook.fingerprint}")
     lists = _split_index(index)[1]
-    if open_blocks(lists):
+    if isinstance(lists, faiss.IndexIVFPQFastScan):
         # For these faiss makes tables whatever the flag says; who joins lists makes them once.
         lists.use_precomputed_table = 0
         lists.precomputed_table.resize(0)
@@ -310,7 +315,7 @@ def _differ(one: FloatArray | None, other: FloatArray | None) -> bool:
 
 def _find_layout(lists: faiss.Index) -> tuple[str, Layout]:
     """Give the kind of the codebook of an index, and how faiss calls its parts."""
-    known = [*_LAYOUTS.items(), ("pq", _FAST)]
+    known = [*_LAYOUTS.items(), *_FAST.items()]
     of_lists = (type(lists), lists.metric_type)
     found = next(((kind, layout) for kind, layout in known if (layout.index, layout.metric) == of_lists), None)
     if found is None:
@@ -318,6 +323,8 @@ def _find_layout(lists: faiss.Index) -> tuple[str, Layout]:
     # The other ways in which faiss searches sums need norms in the codes, or are not exact.
     if found[0] in ("rq", "lsq") and lists.aq.search_type != faiss.AdditiveQuantizer.ST_decompress:
         raise ValueError(f"search type {lists.aq.search_type} does not compare queries with decoded vectors")
+    if found[1] in _FAST.values() and not has_our_blocks(lists):
+        raise ValueError(f"blocks of {lists.bbs} rows are none of ours")
     return found
 
 

@@ -1,4 +1,7 @@
-"""Product codes of 4 bits in blocks: the same codes, searched by fast-scan to the precision of its tables."""
+"""Product codes of 4 bits in blocks: the same codes, searched by fast-scan to the precision of its tables.
+
+RaBitQ codes in blocks are looked at in `test_rabitq_shards`.
+"""
 
 import numpy as np
 import pytest
@@ -95,6 +98,14 @@ def test_the_codebook_of_a_file_of_blocks_is_the_one_given_and_no_other_opens_it
         open_lists(tmp_path / "shard", make_codebook(**world | {"seed": 5}))
 
 
+def test_blocks_of_another_size_are_refused(tmp_path):
+    codebook = make_codebook()
+    plain = make_lists(codebook, *make_rows(codebook))
+    faiss.write_index(faiss.IndexIVFPQFastScan(plain.index, 64), str(tmp_path / "shard"))
+    with pytest.raises(ArtefactError, match="blocks of 64 rows are none of ours"):
+        open_lists(tmp_path / "shard", codebook)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_what_plain_faiss_adds_to_blocks_is_what_it_adds_to_plain_lists(tmp_path, residual):
     codebook = make_codebook(residual=residual, choices=5, dim=20)
@@ -158,7 +169,8 @@ def test_opening_residual_blocks_makes_no_tables_and_joining_makes_them(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits", "suits"), [("pq", 4, True), ("pq", 8, False), ("rq", 4, False), ("vlq", 4, False)]
+    ("kind", "bits", "suits"),
+    [("pq", 4, True), ("rabitq", 1, True), ("pq", 8, False), ("rq", 4, False), ("vlq", 4, False)],
 )
-def test_only_product_codes_of_four_bits_suit_blocks(kind, bits, suits):
+def test_product_codes_of_four_bits_and_rabitq_codes_suit_blocks(kind, bits, suits):
     assert suits_fastscan(make_codebook(kind, bits=bits)) == suits
