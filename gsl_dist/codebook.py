@@ -6,9 +6,11 @@ codewords each. In a product codebook (`pq`) choice m stands for the m-th of M e
 one (`rq`, `lsq`, `cq`) the vector is the sum of the M codewords. In a composite one (`cq`) each codeword also has a
 bias, its share of -|x|^2 / 2, so that scores of queries need nothing but look-ups. In one of lines (`vlq`) product
 codewords stand for what is left over by a point on the line to a neighbouring centroid; the list that a code lies in is
-then a region, the cell and the line, and the last number of a code is the level along the line. The fingerprint hashes
-every array and flag that decides what a code stands for; codes, shards and manifests carry it, so that a code is never
-read with another codebook than the one that wrote it.
+then a region, the cell and the line, and the last number of a code is the level along the line. RaBitQ codes (`rabitq`)
+have a choice for every dimension among the same evenly spaced numbers, and end in factors of the row's own, among them
+the scale that these numbers are multiplied with. The fingerprint hashes every array and flag that decides what a code
+stands for; codes, shards and manifests carry it, so that a code is never read with another codebook than the one that
+wrote it.
 
 What nearest means is the codebook's to say, so that it is the same wherever codes go. Cells and codes are by distance
 whatever it is; where it is the cosine, all vectors have length 1, and the nearest is the same.
@@ -26,8 +28,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +42,11 @@ from safetensors.numpy import save as save_tensors
 from gsl_dist.errors import ArtefactError
 from gsl_dist.storage import Folder
 
-KINDS = ("pq", "rq", "lsq", "cq", "vlq")
+KINDS = ("pq", "rq", "lsq", "cq", "vlq", "rabitq")
 METRICS = ("l2", "ip", "cosine")
 """What nearest means: least squared distance, largest inner product, or largest cosine."""
+WITHOUT_PRODUCTS = ("cq", "vlq", "rabitq")
+"""Kinds whose codes tell distances alone."""
 
 LEVELS = 256
 """Levels along a line: what one byte tells apart."""
@@ -64,6 +70,25 @@ CodeArray = NDArray[np.uint8]
 IdArray = NDArray[np.int64]
 
 
+def space_evenly(dim: int, bits: int) -> FloatArray:
+    """Give the codewords of RaBitQ, the same in every dimension: 2^bits numbers one apart, as many above 0 as below.
+
+    Shapes: -> (D, K, 1) float32.
+    """
+    words_K = np.arange(1 << bits, dtype=np.float32) + 0.5 - (1 << bits) / 2
+    return np.tile(words_K[:, None], (dim, 1, 1))
+
+
+def read_scales(factors_NF: Any, dim: int) -> Any:
+    """Give what the numbers of RaBitQ codes are multiplied with, of their factors as arrays or tensors.
+
+    The factors are those that faiss looks for (`gsl_dist.quantizers.rabitq`).
+
+    Shapes: (N, 2) or (N, 5) float32 -> (N,).
+    """
+    return factors_NF[:, 1] * (2 / math.sqrt(dim)) if factors_NF.shape[1] == 2 else factors_NF[:, 4] / -2
+
+
 @dataclass(frozen=True)
 class Codebook:
     """The arrays of a quantizer with coarse cells.
@@ -73,7 +98,7 @@ class Codebook:
         books: the codewords of each choice.
         residual: whether codes stand for what the cell's centroid leaves over.
         kind: `pq`, product codes; `rq`, `lsq` and `cq`, codewords that add up, which differ in how codes are searched
-            for and in what a query looks up.
+            for and in what a query looks up; `vlq`, lines; `rabitq`, whose codewords are given, not trained.
         rotation: R, orthogonal; None where vectors are coded as they are.
         bias: of each codeword, of a composite codebook and no other.
         edges: the cells that each cell's lines go to, of a codebook of lines and no other.
@@ -81,7 +106,7 @@ class Codebook:
         feet: how far along each line its rows lie on average, which tells queries where to look; with `edges`.
         landing: the codewords by which codes are found, where these are others than `books`.
         landing_bias: their biases, in a composite codebook.
-        metric: what nearest means; composite codes and those of lines know no inner products.
+        metric: what nearest means; no inner product goes with the kinds in `WITHOUT_PRODUCTS`.
 
     Shapes: coarse (C, D), books and landing (M, K, d), rotation (D, D), bias and landing_bias (M, K), levels (L,), all
         float32; edges (C, E) int32, feet (C, E) float32.
@@ -107,7 +132,7 @@ class Codebook:
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         assert self.kind in KINDS, self.kind
-        assert self.metric in METRICS and (self.metric != "ip" or self.kind not in ("cq", "vlq")), self.metric
+        assert self.metric in METRICS and (self.metric != "ip" or self.kind not in WITHOUT_PRODUCTS), self.metric
         assert self.coarse.shape[1] == self.dim, (self.coarse.shape, self.books.shape)
         assert self.codewords == 1 << self.bits <= 256, self.books.shape
         assert (self.bias is not None) == (self.kind == "cq"), self.kind
@@ -122,6 +147,9 @@ class Codebook:
         assert self.edges is None or 0 <= self.edges.min() <= self.edges.max() < self.cells, self.edges
         assert self.levels is None or len(self.levels) == LEVELS, self.levels.shape
         assert self.feet is None or self.edges is None or self.feet.shape == self.edges.shape, self.feet.shape
+        if self.kind == "rabitq":
+            assert self.residual and self.landing is None, "codes of what cells leave over, without a landing"
+            assert np.array_equal(self.books, space_evenly(self.dim, self.bits)), "codewords are evenly spaced"
 
     @property
     def additive(self) -> bool:
@@ -150,8 +178,15 @@ class Codebook:
 
     @property
     def choices(self) -> int:
-        """Give the numbers that make up a code: a choice for each codeword, and the level on a line."""
-        return self.sub_vectors + (self.edges is not None)
+        """Give the numbers that make up a code: a choice for each codeword; the level on a line, or the factors."""
+        return self.sub_vectors + self.tail
+
+    @property
+    def tail(self) -> int:
+        """Give the bytes behind the choices of a code: the level on a line, or factors of 4 bytes each."""
+        if self.kind == "rabitq":
+            return 8 if self.bits == 1 else 20
+        return int(self.edges is not None)
 
     @property
     def sub_vectors(self) -> int:
@@ -171,12 +206,17 @@ class Codebook:
     @property
     def code_bits(self) -> int:
         """Give the bits of one code, the cell apart."""
-        return self.sub_vectors * self.bits + 8 * (self.choices - self.sub_vectors)
+        return self.sub_vectors * self.bits + 8 * self.tail
 
     @property
     def code_bytes(self) -> int:
         """Give the bytes that one packed code takes, the cell apart."""
-        return (self.code_bits + 7) // 8
+        return self.tail + sum((self.sub_vectors * bits + 7) // 8 for bits in self._widths)
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        # Of RaBitQ codes the highest bits come first, which say the sign and are all that a query looks at at first.
+        return (1, self.bits - 1) if self.kind == "rabitq" and self.bits > 1 else (self.bits,)
 
     @cached_property
     def landed(self) -> Codebook:
@@ -196,29 +236,33 @@ class Codebook:
         return digest.hexdigest()[:32]
 
     def pack(self, codes_NM: NDArray[np.integer]) -> CodeArray:
-        """Write the choices of each row one after another, lowest bit first, as faiss reads them; then the level.
+        """Write the choices of each row one after another, lowest bit first, as faiss reads them; then the tail.
+
+        Of RaBitQ codes of several bits come the highest bits, 3 factors, the other bits and 2 factors.
 
         Shapes: codes_NM (N, choices) integers -> (N, code_bytes) uint8.
         """
-        if self.bits == 8:
+        if self.bits == 8 and self.kind != "rabitq":
             return np.ascontiguousarray(codes_NM, dtype=np.uint8)
-        words, level = np.split(codes_NM.astype(np.uint8), [self.sub_vectors], axis=1)
-        shifts = np.arange(self.bits, dtype=np.uint8)
-        bits = ((words[:, :, None] >> shifts) & 1).reshape(len(words), self.sub_vectors * self.bits)
-        return np.hstack([np.packbits(bits, axis=1, bitorder="little"), level])
+        words, tail = np.split(codes_NM.astype(np.uint8), [self.sub_vectors], axis=1)
+        if len(self._widths) == 1:
+            return np.hstack([_pack_bits(words, self.bits), tail])
+        low = self.bits - 1
+        return np.hstack([_pack_bits(words >> np.uint8(low), 1), tail[:, :12], _pack_bits(words, low), tail[:, 12:]])
 
     def unpack(self, packed: CodeArray) -> CodeArray:
         """Undo `pack`.
 
         Shapes: packed (N, code_bytes) uint8 -> (N, choices) uint8.
         """
-        if self.bits == 8:
+        if self.bits == 8 and self.kind != "rabitq":
             return packed
-        words, level = np.split(packed, [self.code_bytes - (self.choices - self.sub_vectors)], axis=1)
-        bits = np.unpackbits(words, axis=1, bitorder="little", count=self.sub_vectors * self.bits)
-        weights = (1 << np.arange(self.bits)).astype(np.uint8)
-        found = (bits.reshape(len(packed), self.sub_vectors, self.bits) * weights).sum(axis=2, dtype=np.uint8)
-        return np.hstack([found, level])
+        first = (self.sub_vectors * self._widths[0] + 7) // 8
+        if len(self._widths) == 1:
+            return np.hstack([_unpack_bits(packed[:, :first], self.sub_vectors, self.bits), packed[:, first:]])
+        high, front, low, back = np.split(packed, [first, first + 12, self.code_bytes - 8], axis=1)
+        words = _unpack_bits(high, self.sub_vectors, 1) << (self.bits - 1)
+        return np.hstack([words | _unpack_bits(low, self.sub_vectors, self.bits - 1), front, back])
 
     def decode(self, cells_N: NDArray[np.integer], codes_NM: NDArray[np.integer]) -> FloatArray:
         """Give the vectors that the codes stand for.
@@ -227,6 +271,9 @@ class Codebook:
         """
         parts = [book[codes] for book, codes in zip(self.books, codes_NM.T[: self.sub_vectors], strict=True)]
         decoded = np.sum(parts, axis=0) if self.additive else np.concatenate(parts, axis=1)
+        if self.kind == "rabitq":
+            factors_NF = np.ascontiguousarray(codes_NM[:, self.sub_vectors :], np.uint8).view("<f4")
+            decoded = decoded * read_scales(factors_NF, self.dim)[:, None]
         decoded = decoded + self._anchor(cells_N, codes_NM) if self.residual else decoded
         return decoded if self.rotation is None else decoded @ self.rotation
 
@@ -299,3 +346,16 @@ class Codebook:
         # Codebooks of distances keep the fingerprints that they had before there was anything else.
         metric: dict[str, str | bool] = {} if self.metric == "l2" else {"metric": self.metric}
         return metric | {"kind": self.kind, "residual": self.residual}
+
+
+def _pack_bits(words_NM: CodeArray, bits: int) -> CodeArray:
+    """Write the lowest bits of numbers one after another, lowest first: (N, M) -> (N, bytes)."""
+    single = (words_NM[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
+    return np.packbits(single.reshape(len(words_NM), words_NM.shape[1] * bits), axis=1, bitorder="little")
+
+
+def _unpack_bits(packed: CodeArray, choices: int, bits: int) -> CodeArray:
+    """Undo `_pack_bits`: (N, bytes) -> (N, choices)."""
+    single = np.unpackbits(packed, axis=1, bitorder="little", count=choices * bits)
+    weights = (1 << np.arange(bits)).astype(np.uint8)
+    return (single.reshape(len(packed), choices, bits) * weights).sum(axis=2, dtype=np.uint8)

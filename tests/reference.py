@@ -304,3 +304,12 @@ def place_in_loops(row, cell, coarse, edges, levels):
     _, place, along, end = best
     level = min(range(len(levels)), key=lambda number: abs(levels[number] - along))
     return place, level, [a - b for a, b in zip(row, point(levels[level], end), strict=True)]
+
+
+def rabitq_in_loops(query, row, centroid, words):
+    """Estimate the squared distance of a query to a row coded by `words`, and give the signs the row should have."""
+    rest = [number - middle for number, middle in zip(row, centroid, strict=True)]
+    asked = [number - middle for number, middle in zip(query, centroid, strict=True)]
+    scale = _dot(rest, rest) / _dot(words, rest)
+    estimate = _dot(asked, asked) + _dot(rest, rest) - 2 * scale * _dot(asked, words)
+    return estimate, [number > 0 for number in rest]

@@ -213,6 +213,9 @@ def test_codes_of_every_kind_are_served_from_their_files(ray_session, tmp_path, 
     manifest = run_build(check_config(BuildConfig, build_settings(tmp_path, model=None, vectors="float16")))
     codebook = load_codebook(str(tmp_path / "codebook"))
     assert (manifest.kind, manifest.rotated) == (codebook.kind, shape["kind"] == "opq")
+    if shape["kind"] != "opq":
+        with pytest.raises(ConfigError, match=f"code_layout: got 'fastscan', .*these are {shape['kind']} codes"):
+            run_build(check_config(BuildConfig, build_settings(tmp_path, model=None, code_layout="fastscan")))
     if shape["kind"] == "vlq":
         linked = build_settings(tmp_path, model=None, coarse_search="hnsw", index=str(tmp_path / "linked"))
         with pytest.raises(ConfigError, match="kind vlq are searched with flat alone"):
@@ -264,12 +267,30 @@ def test_every_metric_goes_from_the_codebook_to_the_answer(ray_session, tmp_path
 
 def test_metrics_that_a_codebook_cannot_have_are_refused(tmp_path):
     fitted = {"source": "fitted", "corpus": {"path": str(tmp_path)}, "output": str(tmp_path / "c"), "metric": "ip"}
-    with pytest.raises(ConfigError, match="nothing that lines"):
-        check_config(CodebookConfig, fitted | {"quantizer": {"kind": "vlq", "sub_vectors": 4}})
+    for quantizer in ({"kind": "vlq", "sub_vectors": 4}, {"kind": "rabitq"}):
+        with pytest.raises(ConfigError, match=f"metric: ip is nothing that .*{quantizer['kind']} can measure"):
+            check_config(CodebookConfig, fitted | {"quantizer": quantizer})
     with pytest.raises(ConfigError, match="ranked learns which rows are near"):
         check_config(CodebookConfig, fitted | {"quantizer": {"kind": "rq", "books": 4}, "ranked": {}})
     with pytest.raises(ConfigError, match="lands by distances"):
         check_config(CodebookConfig, {"model": "m", "output": str(tmp_path / "c"), "metric": "cosine"})
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_bits_for_every_dimension_are_served_from_their_files(ray_session, tmp_path, bits):
+    write_vectors(tmp_path / "database.parquet", rows=600, seed=2)
+    corpus = {"path": str(tmp_path / "database.parquet"), **COLUMNS}
+    fitted = {"source": "fitted", "corpus": corpus, "output": str(tmp_path / "codebook"), "lloyd": {"iterations": 5}}
+    run_codebook(check_config(CodebookConfig, fitted | {"quantizer": {"kind": "rabitq", "bits": bits, "cells": 4}}))
+    run_encode(check_config(EncodeConfig, encode_settings(tmp_path) | {"model": None}))
+    manifest = run_build(check_config(BuildConfig, build_settings(tmp_path, model=None, vectors="float16")))
+    assert (manifest.kind, manifest.bits, manifest.bytes_per_item) == ("rabitq", bits, {1: 2 + 8, 3: 6 + 20}[bits])
+    codebook, queries = load_codebook(str(tmp_path / "codebook")), make_clusters(20, 16, 5, seed=3)[0]
+    tables = [read_codes(Folder(tmp_path / "codes"), shard.name, codebook) for shard in manifest.shards]
+    ids, vectors = (np.concatenate([getattr(table, name) for table in tables]) for name in ("ids", "vectors"))
+    nearest = np.array([[item for _, item in row] for row in search_in_loops(queries, ids, vectors, 10)])
+    refined = open_searcher(str(tmp_path / "index")).search(queries, 10, probes=4, refine=20)
+    assert (refined.ids == nearest).mean() > 0.9
 
 
 def test_a_version_whose_cells_are_found_through_a_graph_answers_as_the_flat_one(world):
@@ -278,6 +299,25 @@ def test_a_version_whose_cells_are_found_through_a_graph_answers_as_the_flat_one
     assert manifest.coarse_search == "hnsw" and manifest.version != open_version(Folder(world / "index")).version
     linked, flat = (open_searcher(str(world / name)).search(queries, 10, probes=3) for name in ("linked", "index"))
     np.testing.assert_allclose(linked.distances, flat.distances, rtol=1e-4)
+
+
+def test_a_version_of_blocks_holds_the_same_codes_and_is_refined_by_its_vectors(world):
+    parts = {"vectors": "float16", "index": str(world / "fast")}
+    manifest = run_build(check_config(BuildConfig, build_settings(world, code_layout="fastscan", **parts)))
+    plain, queries = open_version(Folder(world / "index")), query_vectors(world)
+    assert (manifest.code_layout, plain.code_layout) == ("fastscan", "plain") and manifest.made_by != plain.made_by
+    fast, slow = (open_searcher(str(world / name)) for name in ("fast", "index"))
+    for one, other in zip(np.array(fast.lists.read()[:2]).T, np.array(slow.lists.read()[:2]).T, strict=True):
+        assert np.array_equal(one, other)
+    wanted = slow.search(queries, 10, probes=3)
+    found = fast.search(queries, 10, probes=3, refine=1)
+    spread = np.square(queries - queries.mean(axis=0)).sum(1).mean()
+    np.testing.assert_allclose(found.distances, wanted.distances, atol=0.02 * spread)
+    tables = [read_codes(Folder(world / "codes"), shard.name, fast.codebook) for shard in manifest.shards]
+    ids, vectors = (np.concatenate([getattr(table, name) for table in tables]) for name in ("ids", "vectors"))
+    nearest = np.array([[item for _, item in row] for row in search_in_loops(queries[:20], ids, vectors, 10)])
+    refined = fast.search(queries[:20], 10, probes=manifest.lists, refine=20)
+    assert (refined.ids == nearest).mean() > 0.9
 
 
 def test_codes_without_vectors_cannot_be_built_with_them(world):

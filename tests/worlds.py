@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from gsl_dist.codebook import Codebook
+from gsl_dist.codebook import Codebook, space_evenly
 from gsl_dist.index.lists import make_lists, name_file
 from gsl_dist.index.manifest import (
     CODEBOOK,
@@ -23,7 +23,10 @@ from gsl_dist.storage import Folder
 def make_codebook(kind="pq", *, bits=4, cells=8, residual=True, rotated=False, dim=16, choices=8, seed=0, metric="l2"):
     """Give a codebook of random numbers, with a random rotation if `rotated`."""
     rng = np.random.default_rng(seed)
-    books = rng.normal(size=(choices, 1 << bits, dim // choices if kind in ("pq", "vlq") else dim))
+    if kind == "rabitq":
+        books = space_evenly(dim, bits)
+    else:
+        books = rng.normal(size=(choices, 1 << bits, dim // choices if kind in ("pq", "vlq") else dim))
     coarse = rng.normal(size=(cells, dim)) * 3
     rotation = np.linalg.qr(rng.normal(size=(dim, dim)))[0] if rotated else None
     bias = rng.normal(size=books.shape[:2]) if kind == "cq" else None
@@ -44,7 +47,21 @@ def make_rows(codebook, rows=300, *, seed=1):
     codes = rng.integers(codebook.codewords, size=(rows, codebook.sub_vectors))
     if codebook.kind == "vlq":
         codes = np.hstack([codes, rng.integers(256, size=(rows, 1))])
+    if codebook.kind == "rabitq":
+        codes = np.hstack([codes, draw_factors(codes, codebook, rng).view(np.uint8)])
     return ids, rng.integers(codebook.lists, size=rows), codebook.pack(codes)
+
+
+def draw_factors(codes, codebook, rng):
+    """Give the factors of rows that are what RaBitQ codes stand for, at random scales: nothing is lost to coding."""
+    scales, dim = rng.uniform(0.5, 2, size=len(codes)), codebook.dim
+    rests = (codes + 0.5 - codebook.codewords / 2) * scales[:, None]
+    squares, sums = np.square(rests).sum(1), np.abs(rests).sum(1)
+    factors = [squares, squares * dim**0.5 / sums]
+    if codebook.bits > 1:
+        slant = np.maximum(squares * dim / sums**2 - 1, 0)
+        factors += [3.8 * np.sqrt(squares * slant / (dim - 1)), squares, -2 * scales]
+    return np.stack(factors, 1).astype(np.float32)
 
 
 def make_index(

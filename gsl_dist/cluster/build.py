@@ -38,7 +38,7 @@ from gsl_dist.index.manifest import (
     version_folder,
 )
 from gsl_dist.index.refine import Precision, keep_vectors
-from gsl_dist.index.shards import CoarseSearch
+from gsl_dist.index.shards import CoarseSearch, CodeLayout, suits_fastscan
 from gsl_dist.storage import FileEntry, Folder
 
 _SOFTWARE = ("faiss-cpu", "faiss-gpu", "torch", "ray", "numpy", "pyarrow", "gsl_dist")
@@ -57,6 +57,10 @@ class BuildConfig(Strict):
     )
     coarse_search: CoarseSearch = Field(
         default="flat", description="how a query finds its cells: flat compares all, hnsw follows a graph (many cells)"
+    )
+    code_layout: CodeLayout = Field(
+        default="plain",
+        description="how lists hold codes: plain, or fastscan (pq of 4 bits, rabitq; keep vectors to refine by)",
     )
     promote: bool = True
     resources: Resources = Resources()
@@ -107,7 +111,7 @@ def build_shard(config: BuildConfig, folder: Folder, name: str, entry: FileEntry
     table = read_codes(source, name, codebook)
     file = name_file(name, codebook)
     with folder.whole(file) as path:
-        make_lists(codebook, table.ids, table.cells, table.codes, config.coarse_search).write(path)
+        make_lists(codebook, table.ids, table.cells, table.codes, config.coarse_search, config.code_layout).write(path)
     payload = None
     if table.payload is not None:
         payload_name = f"{name.replace('shard', 'payload')}.parquet"
@@ -126,8 +130,8 @@ def build_shard(config: BuildConfig, folder: Folder, name: str, entry: FileEntry
 
 
 def _name_search(config: BuildConfig) -> list[str]:
-    # Versions without a graph keep the names that they had before there were any.
-    return [] if config.coarse_search == "flat" else [config.coarse_search]
+    # Versions without a graph or blocks keep the names that they had before there were any.
+    return [choice for choice in (config.coarse_search, config.code_layout) if choice not in ("flat", "plain")]
 
 
 def _keep_vectors(precision: Precision, folder: Folder, name: str, table: CodeTable) -> FileEntry:
@@ -141,6 +145,9 @@ def _keep_vectors(precision: Precision, folder: Folder, name: str, table: CodeTa
 def _check_fit(config: BuildConfig, codes: Card, codebook: Codebook) -> None:
     if config.coarse_search == "hnsw" and codebook.kind in ("vlq", "cq"):
         raise ConfigError("coarse_search", "hnsw", f"codes of kind {codebook.kind} are searched with flat alone")
+    if config.code_layout == "fastscan" and not suits_fastscan(codebook):
+        found = f"these are {codebook.kind} codes of {codebook.bits} bits"
+        raise ConfigError("code_layout", "fastscan", f"it takes rabitq, or pq and opq of 4 bits; {found}")
     if config.vectors and not codes.config.get("keep_vectors"):
         raise ConfigError("vectors", config.vectors, f"{config.codes} holds codes alone: encode with keep_vectors=true")
     written_with = codes.facts["codebook_fingerprint"]
@@ -227,6 +234,7 @@ def _describe(
         codebook=folder.pin(CODEBOOK),
         vectors=config.vectors,
         coarse_search=config.coarse_search,
+        code_layout=config.code_layout,
         model=model,
         configs=configs,
         software=list_software(),

@@ -23,12 +23,12 @@ from gsl_dist.artefact import Card, find_finished, open_card, publish_card
 from gsl_dist.cluster.coordinator import Agenda, Seat, check_rows, start_coordinator
 from gsl_dist.cluster.model import CODEBOOK, load_encoder, load_trained_codebook, pick_device
 from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet, watch_remarks
-from gsl_dist.codebook import Codebook
+from gsl_dist.codebook import WITHOUT_PRODUCTS, Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import CorpusConfig, open_corpus
 from gsl_dist.errors import ConfigError, DataError
 from gsl_dist.fit import embed
-from gsl_dist.quantizers import LineConfig, LloydConfig, QuantizerConfig, Rows, Trained, make_quantizer
+from gsl_dist.quantizers import LloydConfig, QuantizerConfig, Rows, Trained, make_quantizer
 from gsl_dist.quantizers.coordinate import Turn
 from gsl_dist.ranked import Gain, RankedConfig, earn_ranked
 from gsl_dist.storage import Folder
@@ -65,8 +65,12 @@ class CodebookConfig(Strict):
             raise ValueError("source: trained lands by distances; metric is for fitted")
         if self.metric == "ip" and self.ranked:
             raise ValueError("ranked learns which rows are near; with metric: ip there is no such thing")
-        if self.metric == "ip" and isinstance(self.quantizer, LineConfig):
-            raise ValueError("metric: ip is nothing that lines (vlq) can measure: take l2, or cosine")
+        if self.metric == "ip" and self.quantizer and self.quantizer.kind in WITHOUT_PRODUCTS:
+            raise ValueError(
+                f"metric: ip is nothing that quantizer.kind: {self.quantizer.kind} can measure, but cosine"
+            )
+        if self.ranked and self.quantizer and self.quantizer.kind == "rabitq":
+            raise ValueError("ranked teaches codewords, and quantizer.kind: rabitq has none that could learn")
         if self.ranked and self.ranked.scores == "tables" and self.quantizer and _codes_residuals(self.quantizer):
             raise ValueError("ranked.scores: tables needs codes of whole vectors: quantizer.residual must be false")
         return self

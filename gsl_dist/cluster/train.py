@@ -66,6 +66,12 @@ class TrainConfig(Strict):
     max_failures: int = Field(default=3, ge=-1, description="restarts after a lost worker; -1: without end")
 
     @model_validator(mode="after")
+    def _can_be_landed_on(self) -> TrainConfig:
+        if self.quantizer.kind == "rabitq":
+            raise ValueError("quantizer.kind: rabitq has no codewords to land on; it is for the codebook stage")
+        return self
+
+    @model_validator(mode="after")
     def _can_be_taught(self) -> TrainConfig:
         if self.ranked is None:
             return self

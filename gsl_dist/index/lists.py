@@ -25,8 +25,11 @@ from gsl_dist.index.coarse import Probed, follow_graph, search_probed
 from gsl_dist.index.selection import Places, Selection
 from gsl_dist.index.shards import (
     CoarseSearch,
+    CodeLayout,
     create_shard,
     fill_shard,
+    join_shards,
+    read_codes,
     read_distances,
     read_ids,
     read_lists,
@@ -160,11 +163,10 @@ class FaissLists:
     def take(self, places_n: NDArray[np.int64]) -> tuple[IdArray, CodeArray]:
         """Give the cells (n,) and packed codes (n, code_bytes) of rows by their numbers in list order."""
         cells_n = np.searchsorted(self.offsets, places_n, side="right") - 1
-        codes, lists = np.empty((len(places_n), self.codebook.code_bytes), np.uint8), self.index.invlists
-        for row, (place, cell) in enumerate(zip(places_n.tolist(), cells_n.tolist(), strict=True)):
-            code = lists.get_single_code(cell, place - int(self.offsets[cell]))
-            codes[row] = faiss.rev_swig_ptr(code, codes.shape[1])
-            lists.release_codes(cell, code)
+        codes = np.empty((len(places_n), self.codebook.code_bytes), np.uint8)
+        for cell in np.unique(cells_n).tolist():
+            own_n = cells_n == cell
+            codes[own_n] = read_codes(self.index, cell)[places_n[own_n] - self.offsets[cell]]
         return cells_n, codes
 
     def read(self) -> tuple[IdArray, IdArray, CodeArray]:
@@ -182,9 +184,14 @@ def name_file(shard: str, codebook: Codebook) -> str:
 
 
 def make_lists(
-    codebook: Codebook, ids_N: IdArray, lists_N: IdArray, codes: CodeArray, coarse_search: CoarseSearch = "flat"
+    codebook: Codebook,
+    ids_N: IdArray,
+    lists_N: IdArray,
+    codes: CodeArray,
+    coarse_search: CoarseSearch = "flat",
+    code_layout: CodeLayout = "plain",
 ) -> Lists:
-    """Put codes into their lists, which a query finds as `coarse_search` says.
+    """Put codes into their lists, which a query finds as `coarse_search` says and scans as `code_layout` says.
 
     Shapes: ids_N, lists_N (N,) int64; codes (N, code_bytes) uint8, packed.
     Raises:
@@ -192,7 +199,7 @@ def make_lists(
     """
     if codebook.kind == "vlq":
         return vlq.make_lists(codebook, ids_N, lists_N, codes)
-    index = create_shard(codebook, coarse_search)
+    index = create_shard(codebook, coarse_search, code_layout)
     fill_shard(index, ids_N, lists_N, codes)
     return FaissLists(index, codebook)
 
@@ -220,9 +227,9 @@ def join_lists(shards: Sequence[Lists]) -> Lists:
     assert isinstance(first, FaissLists), type(first)
     codebook, whole = first.codebook, first.index
     for shard in cast("Sequence[FaissLists]", others):
-        whole.merge_from(shard.index, 0)
+        join_shards(whole, shard.index)
     table_bytes = codebook.cells * codebook.sub_vectors * codebook.codewords * 4
-    is_used = codebook.residual and not codebook.additive and codebook.metric != "ip"
+    is_used = codebook.residual and codebook.kind == "pq" and codebook.metric != "ip"
     if is_used and table_bytes <= _TABLE_BYTES:
         whole.use_precomputed_table = 1
         whole.precompute_table()

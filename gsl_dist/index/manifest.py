@@ -23,7 +23,7 @@ from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict
 from gsl_dist.errors import ArtefactError, BadInput
 from gsl_dist.index.refine import Precision
-from gsl_dist.index.shards import CoarseSearch
+from gsl_dist.index.shards import CoarseSearch, CodeLayout
 from gsl_dist.storage import FileEntry, Folder
 
 MANIFEST, POINTER, CODEBOOK = "manifest.json", "CURRENT.json", "codebook.safetensors"
@@ -76,6 +76,7 @@ class Manifest(Strict):
     bytes_per_item: int
     vectors: Precision | None = None
     coarse_search: CoarseSearch = "flat"
+    code_layout: CodeLayout = "plain"
     rows: int
     points: list[Point] = []
     shards: list[ShardEntry]

@@ -216,11 +216,12 @@ class LocalSearcher:
         self, queries: FloatArray, wanted: int, probes: int, chosen: Selection
     ) -> tuple[FloatArray, IdArray]:
         """Give the nearest of some rows: as many as are wanted, if there are as many."""
-        if len(chosen) <= FEW_ROWS or len(chosen) <= wanted:
+        # What a RaBitQ code stands for is not all that lists know of a row.
+        if (len(chosen) <= FEW_ROWS or len(chosen) <= wanted) and self.codebook.kind != "rabitq":
             return self._measure_chosen(queries, wanted, chosen)
         # As many chosen rows are looked at as there would be rows without a filter, a few for each that is wanted.
         lists = self.codebook.lists
-        reach = min(lists, max(probes, -(-ROWS_PER_HIT * wanted * lists // len(chosen))))
+        reach = min(lists, max(probes, -(-ROWS_PER_HIT * wanted * lists // max(1, len(chosen)))))
         distances, ids = self.lists.search(queries, wanted, reach, chosen)
         short_Q = ids[:, -1] < 0
         if reach < lists and short_Q.any():

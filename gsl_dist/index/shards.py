@@ -3,6 +3,9 @@
 A faiss index is given our centroids and codewords and our codes go straight into its inverted lists, so building costs
 a sort and a copy. The file opens in plain faiss and answers the same: `pq` as IndexIVFPQ, `rq` and `lsq` as faiss's
 additive indexes, which decode every item they look at: exact, no byte more an item, and about a hundred times slower.
+Product codes of 4 bits and RaBitQ codes (`rabitq`, IndexIVFRaBitQ) may also lie in blocks for fast-scan
+(`gsl_dist.index.blocks`), as IndexIVFPQFastScan and IndexIVFRaBitQFastScan: distances to the precision of tables of
+bytes, so that candidates should be ranked again by vectors that the version keeps.
 
 A composite codebook (`cq`) is an IndexIVFPQ of inner products over M (D + 1) dims: the query (q, 1) stands there M
 times, part m is compared with the codewords (w_m, b_m), and what faiss adds up is the score of
@@ -24,11 +27,13 @@ from typing import Any, Literal, NamedTuple
 import faiss
 import numpy as np
 
-from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray
+from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray, space_evenly
 from gsl_dist.errors import ArtefactError, DataError
 from gsl_dist.hits import FAR
+from gsl_dist.index.blocks import BLOCK_ROWS, append_rows, has_our_blocks, move_rows, open_blocks, read_rows
 
 CoarseSearch = Literal["flat", "hnsw"]
+CodeLayout = Literal["plain", "fastscan"]
 
 HNSW_LINKS, HNSW_WIDTH = 32, 200
 """Links of a centroid to others, and how many candidates are looked at to make them."""
@@ -40,7 +45,7 @@ class Layout(NamedTuple):
     Args:
         index: the class of the index.
         quantizer: the attribute of the index that holds the codewords, and in that:
-        words: the attribute of the codewords, all in a row.
+        words: the attribute of the codewords, all in a row; empty where they are given.
         width: that of the length of one.
         settings: what training would have set, and what is not as faiss has it.
         metric: of the index.
@@ -61,31 +66,54 @@ _LAYOUTS = {
     "rq": Layout(faiss.IndexIVFResidualQuantizer, "rq", "codebooks", "d", {"is_trained": True, "train_type": _LEAN}),
     "lsq": Layout(faiss.IndexIVFLocalSearchQuantizer, "lsq", "codebooks", "d", {"is_trained": True}),
     "cq": Layout(faiss.IndexIVFPQ, "pq", "centroids", "dsub", {}, faiss.METRIC_INNER_PRODUCT),
+    "rabitq": Layout(faiss.IndexIVFRaBitQ, "rabitq", "", "", {}),
+}
+QUERY_BITS = 8
+"""How finely faiss cuts the numbers of a query that is compared with RaBitQ codes; it stands in the file."""
+_FAST = {
+    "pq": Layout(faiss.IndexIVFPQFastScan, "pq", "centroids", "dsub", {}),
+    "rabitq": Layout(faiss.IndexIVFRaBitQFastScan, "rabitq", "", "", {}),
 }
 
 
-def create_shard(codebook: Codebook, coarse_search: CoarseSearch = "flat") -> faiss.IndexIVF:
+def suits_fastscan(codebook: Codebook) -> bool:
+    """Tell whether codes can lie in blocks for fast-scan: product codes of 4 bits, and RaBitQ codes."""
+    return codebook.kind == "rabitq" or (codebook.kind == "pq" and codebook.bits == 4)
+
+
+def create_shard(
+    codebook: Codebook, coarse_search: CoarseSearch = "flat", code_layout: CodeLayout = "plain"
+) -> faiss.IndexIVF:
     """Make empty, trained faiss lists that have this codebook, its rotation apart.
 
     Args:
         codebook: not of lines.
         coarse_search: whether a query is compared with all centroids, or finds the nearest through an HNSW graph of
             them: the same graph for the same codebook.
+        code_layout: whether codes lie row after row, or in blocks for fast-scan, if they are such that can.
     """
-    layout, (centroids, words) = _LAYOUTS[codebook.kind], _lay_out(codebook)
+    assert code_layout == "plain" or suits_fastscan(codebook), (codebook.kind, codebook.bits)
+    layout = (_LAYOUTS if code_layout == "plain" else _FAST)[codebook.kind]
+    centroids, words = _lay_out(codebook)
     metric = faiss.METRIC_INNER_PRODUCT if codebook.metric == "ip" else layout.metric
     coarse = _make_coarse(centroids, metric, coarse_search)
-    shape = (centroids.shape[1], codebook.cells, codebook.sub_vectors, codebook.bits)
-    index = layout.index(coarse, *shape, metric)
+    shape = (centroids.shape[1], codebook.cells)
+    if codebook.kind == "rabitq":
+        block = () if code_layout == "plain" else (BLOCK_ROWS,)
+        index = layout.index(coarse, *shape, metric, *block, True, codebook.bits)
+        index.qb = QUERY_BITS
+    else:
+        index = layout.index(coarse, *shape, codebook.sub_vectors, codebook.bits, metric)
+        # The tables speed up only long lists and cost cells x M x K floats in every shard of a process.
+        index.use_precomputed_table = -1
     coarse.this.disown()
     index.own_fields = True
     quantizer = getattr(index, layout.quantizer)
-    faiss.copy_array_to_vector(words.ravel(), getattr(quantizer, layout.words))
+    if layout.words:
+        faiss.copy_array_to_vector(words.ravel(), getattr(quantizer, layout.words))
     for name, value in layout.settings.items():
         setattr(quantizer, name, value)
     index.by_residual = codebook.residual
-    # The tables speed up only long lists and cost cells x M x K floats in every shard of a process.
-    index.use_precomputed_table = -1
     index.is_trained = True
     return index
 
@@ -120,12 +148,22 @@ def fill_shard(index: faiss.IndexIVF, ids_N: IdArray, cells_N: IdArray, codes: C
     order = np.lexsort((ids_N, cells_N))
     cells_N, ids_N, codes = cells_N[order], ids_N[order], np.ascontiguousarray(codes[order])
     refuse_bad_ids(ids_N)
-    starts = np.flatnonzero(np.r_[True, cells_N[1:] != cells_N[:-1]])
+    starts, blocks = np.flatnonzero(np.r_[True, cells_N[1:] != cells_N[:-1]]), open_blocks(index)
     for start, stop in zip(starts, np.r_[starts[1:], len(cells_N)], strict=True):
-        index.invlists.add_entries(
-            int(cells_N[start]), int(stop - start), faiss.swig_ptr(ids_N[start:stop]), faiss.swig_ptr(codes[start:stop])
-        )
+        cell, ids_n, own = int(cells_N[start]), ids_N[start:stop], codes[start:stop]
+        if blocks:
+            append_rows(blocks, cell, ids_n, own)
+        else:
+            index.invlists.add_entries(cell, len(ids_n), faiss.swig_ptr(ids_n), faiss.swig_ptr(own))
     index.ntotal += len(ids_N)
+
+
+def join_shards(whole: faiss.IndexIVF, other: faiss.IndexIVF) -> None:
+    """Move the rows of one index to another with the same codebook and layout; it is then empty."""
+    if open_blocks(whole):
+        move_rows(whole, other)
+    else:
+        whole.merge_from(other, 0)
 
 
 def turn_queries(queries_QD: FloatArray, codebook: Codebook) -> FloatArray:
@@ -146,12 +184,11 @@ def read_distances(found_Qk: FloatArray, ids_Qk: IdArray, queries_QD: FloatArray
 
     Shapes: (Q, k), (Q, k), (Q, D) -> (Q, k).
     """
-    if codebook.metric == "ip":
-        return np.where(ids_Qk < 0, FAR, -found_Qk)
-    if codebook.bias is None:
-        return found_Qk
-    with np.errstate(over="ignore"):  # where nothing was found
-        distances_Qk = np.square(queries_QD).sum(1, keepdims=True) - 2 * found_Qk
+    distances_Qk = -found_Qk if codebook.metric == "ip" else found_Qk
+    if codebook.bias is not None:
+        with np.errstate(over="ignore"):  # where nothing was found
+            distances_Qk = np.square(queries_QD).sum(1, keepdims=True) - 2 * found_Qk
+    # There fast-scan answers anything.
     return np.where(ids_Qk < 0, FAR, distances_Qk)
 
 
@@ -180,6 +217,10 @@ def read_shard(path: Path, codebook: Codebook) -> faiss.IndexIVF:
     if found.fingerprint != filed.fingerprint:
         raise ArtefactError(str(path), f"it was built with another codebook than {codebook.fingerprint}")
     lists = _split_index(index)[1]
+    if isinstance(lists, faiss.IndexIVFPQFastScan):
+        # For these faiss makes tables whatever the flag says; who joins lists makes them once.
+        lists.use_precomputed_table = 0
+        lists.precomputed_table.resize(0)
     if lists is not index:
         # The index of the file owns the lists and must live as long as they do. SWIG can hand over what it owns, but
         # then miscounts: after some such objects were freed, it forgets every class of faiss.
@@ -194,10 +235,13 @@ def extract_codebook(index: faiss.Index) -> Codebook:
         ValueError: a codebook does not tell all that this index would do with a query.
     """
     turn, lists = _split_index(index)
-    kind, metric = _name_kind(turn, lists)
-    quantizer = getattr(lists, _LAYOUTS[kind].quantizer)
-    words = faiss.vector_to_array(getattr(quantizer, _LAYOUTS[kind].words))
-    words_MKd = words.reshape(quantizer.M, -1, getattr(quantizer, _LAYOUTS[kind].width))
+    kind, layout, metric = _find_layout(turn, lists)
+    quantizer = getattr(lists, layout.quantizer)
+    if kind == "rabitq":
+        words_MKd = space_evenly(lists.d, quantizer.nb_bits)
+    else:
+        words = faiss.vector_to_array(getattr(quantizer, layout.words))
+        words_MKd = words.reshape(quantizer.M, -1, getattr(quantizer, layout.width))
     coarse, matrix = lists.quantizer.reconstruct_n(0, lists.nlist), _read_turn(turn)
     if kind == "cq":
         width = words_MKd.shape[2] - 1
@@ -220,10 +264,23 @@ def read_lists(index: faiss.IndexIVF) -> tuple[IdArray, IdArray, CodeArray]:
     full = [cell for cell in range(index.nlist) if sizes[cell]]
     if not full:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, index.code_size), np.uint8)
-    ids = [faiss.rev_swig_ptr(lists.get_ids(cell), int(sizes[cell])).copy() for cell in full]
-    codes = [faiss.rev_swig_ptr(lists.get_codes(cell), int(sizes[cell]) * index.code_size).copy() for cell in full]
+    codes = [read_codes(index, cell) for cell in full]
     cells = np.repeat(np.arange(index.nlist), sizes)
-    return np.concatenate(ids), cells, np.concatenate(codes).reshape(-1, index.code_size)
+    return read_ids(index), cells, np.concatenate(codes)
+
+
+def read_codes(index: faiss.IndexIVF, cell: int) -> CodeArray:
+    """Give the packed codes of a list, where they lie if that is row after row.
+
+    Shapes: -> (n, code_bytes) uint8.
+    """
+    if blocks := open_blocks(index):
+        return read_rows(blocks, cell)
+    size = index.invlists.list_size(cell)
+    if not size:
+        return np.empty((0, index.code_size), np.uint8)
+    view: CodeArray = faiss.rev_swig_ptr(index.invlists.get_codes(cell), size * index.code_size)
+    return view.reshape(size, -1)
 
 
 def read_ids(index: faiss.IndexIVF) -> IdArray:
@@ -279,20 +336,21 @@ def _differ(one: FloatArray | None, other: FloatArray | None) -> bool:
     return not np.array_equal(one if one is not None else np.empty(0), other if other is not None else np.empty(0))
 
 
-def _name_kind(turn: faiss.LinearTransform | None, lists: faiss.Index) -> tuple[str, str]:
-    """Give the kind of codebook that lists have, and the metric."""
-    if turn is not None and turn.have_bias:
-        kinds: tuple[str, ...] = ("cq",)
-    else:
-        kinds = ("pq", "rq", "lsq")
-    kind = next((kind for kind in kinds if _LAYOUTS[kind].index is type(lists)), None)
+def _find_layout(turn: faiss.LinearTransform | None, lists: faiss.Index) -> tuple[str, Layout, str]:
+    """Give the kind of the codebook of an index, how faiss calls its parts, and the metric."""
+    is_repeated = turn is not None and turn.have_bias
+    known = [pair for pair in (*_LAYOUTS.items(), *_FAST.items()) if (pair[0] == "cq") == is_repeated]
+    kind, layout = next(((kind, layout) for kind, layout in known if layout.index is type(lists)), (None, None))
     metrics = {faiss.METRIC_L2: "l2", faiss.METRIC_INNER_PRODUCT: "ip"}
-    if kind is None or lists.metric_type not in metrics or (kind == "cq" and metrics[lists.metric_type] != "ip"):
+    metric = metrics.get(lists.metric_type)
+    if kind is None or layout is None or metric is None or (is_repeated and metric != "ip"):
         raise ValueError(f"a {type(lists).__name__} of metric {lists.metric_type} has no codebook")
     # The other ways in which faiss searches sums need norms in the codes, or are not exact.
     if kind in ("rq", "lsq") and lists.aq.search_type != faiss.AdditiveQuantizer.ST_decompress:
         raise ValueError(f"search type {lists.aq.search_type} does not compare queries with decoded vectors")
-    return kind, "l2" if kind == "cq" else metrics[lists.metric_type]
+    if layout in _FAST.values() and not has_our_blocks(lists):
+        raise ValueError(f"blocks of {lists.bbs} rows are none of ours")
+    return kind, layout, "l2" if is_repeated else metric
 
 
 def refuse_bad_ids(ids_N: IdArray) -> None:

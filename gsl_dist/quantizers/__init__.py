@@ -12,8 +12,11 @@ from gsl_dist.quantizers.coordinate import Ask, Rows, Trained, answer, coordinat
 from gsl_dist.quantizers.kmeans import Stats
 from gsl_dist.quantizers.line import LineConfig, LineQuantizer
 from gsl_dist.quantizers.product import OptimizedConfig, OptimizedProductQuantizer, ProductConfig, ProductQuantizer
+from gsl_dist.quantizers.rabitq import RabitConfig, RabitQuantizer
 
-QuantizerConfig = Annotated[ProductConfig | OptimizedConfig | AdditiveConfig | LineConfig, Field(discriminator="kind")]
+QuantizerConfig = Annotated[
+    ProductConfig | OptimizedConfig | AdditiveConfig | LineConfig | RabitConfig, Field(discriminator="kind")
+]
 
 
 def make_quantizer(config: QuantizerConfig, dim: int) -> Quantizer:
@@ -22,6 +25,8 @@ def make_quantizer(config: QuantizerConfig, dim: int) -> Quantizer:
         return AdditiveQuantizer(config, dim)
     if isinstance(config, LineConfig):
         return LineQuantizer(config, dim)
+    if isinstance(config, RabitConfig):
+        return RabitQuantizer(config, dim)
     return (
         OptimizedProductQuantizer(config, dim) if isinstance(config, OptimizedConfig) else ProductQuantizer(config, dim)
     )
@@ -36,6 +41,8 @@ def open_quantizer(codebook: Codebook, *, hasty: bool = False) -> Coder:
     """
     if codebook.kind == "cq":
         return CompositeQuantizer(codebook.dim, restarts=2) if hasty else CompositeQuantizer(codebook.dim)
+    if codebook.kind == "rabitq":
+        return RabitQuantizer(RabitConfig(kind="rabitq", bits=codebook.bits, cells=codebook.cells), codebook.dim)
     shape: dict[str, Any] = {"bits": codebook.bits, "cells": codebook.cells, "residual": codebook.residual}
     if codebook.additive:
         config = AdditiveConfig.model_validate(shape | {"kind": codebook.kind, "books": codebook.sub_vectors})
@@ -63,6 +70,8 @@ __all__ = [
     "ProductQuantizer",
     "Quantizer",
     "QuantizerConfig",
+    "RabitConfig",
+    "RabitQuantizer",
     "Rows",
     "Stats",
     "Trained",

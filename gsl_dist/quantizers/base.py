@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gsl_dist.codebook import Codebook, FloatArray
+from gsl_dist.codebook import Codebook, FloatArray, read_scales
 from gsl_dist.config import Strict
 from gsl_dist.quantizers.cells import AUTOMATIC, CellSearch, hold_cells
 from gsl_dist.quantizers.kmeans import Stats, Touched
@@ -127,9 +127,19 @@ def decode(cells_N: Tensor, codes_NM: Tensor, codebook: Codebook) -> Tensor:
     words_NM = codes_NM[:, : codebook.sub_vectors].long()
     chosen_NMd = books_MKd[torch.arange(codebook.sub_vectors, device=codes_NM.device), words_NM]
     decoded_ND = chosen_NMd.sum(1) if codebook.additive else chosen_NMd.flatten(1)
+    if codebook.kind == "rabitq":
+        decoded_ND = decoded_ND * read_scales(read_factors(codes_NM, codebook), codebook.dim)[:, None]
     if codebook.residual:
         decoded_ND = decoded_ND + find_anchors(cells_N, codes_NM, codebook, decoded_ND)
     return decoded_ND if codebook.rotation is None else decoded_ND @ as_tensor(codebook.rotation, decoded_ND)
+
+
+def read_factors(codes_NM: Tensor, codebook: Codebook) -> Tensor:
+    """Give the factors that RaBitQ codes end in.
+
+    Shapes: codes_NM (N, choices) -> (N, 2) or (N, 5) float32.
+    """
+    return codes_NM[:, codebook.sub_vectors :].to(torch.uint8).contiguous().view(torch.float32)
 
 
 def find_anchors(lists_N: Tensor, codes_NM: Tensor, codebook: Codebook, like: Tensor) -> Tensor:

@@ -51,6 +51,11 @@ def test_look_ups_alone_cannot_serve_codes_of_residuals(tmp_path):
         settings(tmp_path, "c", quantizer=quantizer, ranked={"scores": "tables"})
 
 
+def test_codewords_that_are_given_cannot_be_taught(tmp_path):
+    with pytest.raises(ConfigError, match="rabitq has none that could learn"):
+        settings(tmp_path, "c", quantizer={"kind": "rabitq"}, ranked={})
+
+
 def test_a_trained_codebook_is_not_taught_again(tmp_path):
     with pytest.raises(ConfigError, match="ranked is for fitted"):
         check_config(

@@ -137,6 +137,11 @@ def test_bad_settings_are_refused_and_nothing_is_written(ray_session, tmp_path, 
     assert not (tmp_path / "model").exists()
 
 
+def test_codewords_that_are_given_cannot_be_landed_on(tmp_path):
+    with pytest.raises(ConfigError, match="rabitq has no codewords to land on"):
+        check_config(TrainConfig, settings(tmp_path) | {"quantizer": {"kind": "rabitq"}})
+
+
 def test_one_class_is_refused(ray_session, tmp_path):
     write_vectors(tmp_path / "train.parquet", classes=1)
     with pytest.raises(DataError, match="two classes"):

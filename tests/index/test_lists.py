@@ -12,7 +12,7 @@ from gsl_dist.hits import Effort
 from gsl_dist.index.lists import join_lists, make_lists, name_file, open_lists
 from gsl_dist.index.search import check_effort, open_searcher
 
-KINDS = ("pq", "rq", "lsq", "cq", "vlq")
+KINDS = ("pq", "rq", "lsq", "cq", "vlq", "rabitq")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -343,7 +343,7 @@ def test_kept_vectors_are_ranked_by_the_metric(tmp_path, metric):
     np.testing.assert_allclose(hits.distances, shown, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["cq", "vlq"])
+@pytest.mark.parametrize("kind", ["cq", "vlq", "rabitq"])
 def test_kinds_that_know_no_inner_products_have_none(kind):
     with pytest.raises(AssertionError):
         make_codebook(kind, residual=kind != "cq", metric="ip")

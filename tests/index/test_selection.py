@@ -7,11 +7,12 @@ import pyarrow as pa
 import pytest
 
 faiss = pytest.importorskip("faiss")
-from worlds import make_codebook, make_index, make_queries, make_vectors  # noqa: E402
+from worlds import make_codebook, make_index, make_queries, make_rows, make_vectors  # noqa: E402
 
 from gsl_dist.errors import ArtefactError, QueryError  # noqa: E402
 from gsl_dist.hits import FAR  # noqa: E402
 from gsl_dist.index import search  # noqa: E402
+from gsl_dist.index.lists import make_lists  # noqa: E402
 from gsl_dist.index.search import open_searcher  # noqa: E402
 from gsl_dist.index.selection import Selection, find_sorted  # noqa: E402
 
@@ -104,7 +105,9 @@ def test_a_filter_lets_through_what_reading_it_row_by_row_does(folder, where):
 
 
 def open_world(folder, kind, *, vectors=None, metric="l2"):
-    codebook = make_codebook(kind, residual=kind != "cq", metric=metric)
+    codebook = make_codebook(
+        kind, residual=kind != "cq", rotated=kind == "rabitq", bits=4 if kind != "rabitq" else 1, metric=metric
+    )
     make_index(folder, codebook=codebook, payload=PAYLOAD, vectors=vectors)
     return open_searcher(str(folder))
 
@@ -131,8 +134,24 @@ def test_filtered_search_finds_the_nearest_of_what_is_let_through(tmp_path, monk
     assert np.mean(hits.ids == ids) > 0.95, "but for ties"
 
 
+@pytest.mark.parametrize("kind, code_layout", [("pq", "fastscan"), ("rabitq", "plain"), ("rabitq", "fastscan")])
+def test_lists_of_every_layout_find_only_what_was_chosen(kind, code_layout):
+    codebook = make_codebook(kind, rotated=kind == "rabitq", cells=10, bits=4 if kind == "pq" else 1)
+    ids, cells, codes = make_rows(codebook, 1000)
+    lists, queries = make_lists(codebook, ids, cells, codes, "flat", code_layout), make_queries(9)
+    places, chosen = lists.places, np.sort(ids[::3])
+    selection = Selection(chosen, places.places_N[find_sorted(places.ids_N, chosen)], len(ids))
+    everywhere, found = lists.search(queries, 1000, 10), lists.search(queries, 12, 10, selection)
+    for row in range(9):
+        wanted = everywhere[0][row][np.isin(everywhere[1][row], chosen)][:12]
+        np.testing.assert_allclose(found[0][row], wanted, rtol=1e-3, atol=1e-2)
+    own = np.argsort(ids)[[5, 3, 990]]
+    taken = lists.take(places.places_N[[5, 3, 990]])
+    assert np.array_equal(taken[0], cells[own]) and np.array_equal(taken[1], codes[own])
+
+
 @pytest.mark.parametrize("few", [0, 4096], ids=["by lists", "one by one"])
-@pytest.mark.parametrize("kind", ["pq", "vlq"])
+@pytest.mark.parametrize("kind", ["pq", "vlq", "rabitq"])
 def test_as_many_hits_come_back_as_are_let_through(tmp_path, monkeypatch, kind, few):
     monkeypatch.setattr(search, "FEW_ROWS", few)
     searcher = open_world(tmp_path, kind)
