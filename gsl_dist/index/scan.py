@@ -58,9 +58,9 @@ def compile_search(sub_vectors: int, codewords: int) -> Callable[[Any, Any, Any,
         regions = np.empty(len(scores), np.int64)
         for query in range(len(near_Qw)):
             dots_C, tables = dots_QC[query], (looked_QMK[query].ravel(), levels_L)
-            found = _rank_regions(reach_QC[query], near_Qw[query], lines, offsets_R, (scores, regions))
+            _rank_regions(reach_QC[query], near_Qw[query], lines, (scores, regions))
             nearest = (answers[0][query], answers[1][query])
-            for region in regions[: _pick_first(scores, regions, found, probes)]:
+            for region in regions[: _pick_first(scores, regions, probes)]:
                 cell = region // edges
                 own = -2 * dots_C[cell]
                 step = -2 * dots_C[edges_CE[cell, region % edges]] - own
@@ -71,33 +71,30 @@ def compile_search(sub_vectors: int, codewords: int) -> Callable[[Any, Any, Any,
 
 
 @njit(nogil=True, cache=True, fastmath=True)  # type: ignore[untyped-decorator]
-def _rank_regions(reach_C: Any, near_w: Any, lines: Any, offsets_R: Any, ranked: Any) -> int:
-    """Write the regions of some cells that hold rows, and how far off their rows lie; give how many there are."""
+def _rank_regions(reach_C: Any, near_w: Any, lines: Any, ranked: Any) -> None:
+    """Write the regions of some cells, and how far off their rows lie, whether this shard holds any of them or not."""
     edges_CE, feet_CE, lengths_CE, _ = lines
     scores, regions = ranked
     edges, found = edges_CE.shape[1], 0
     for cell in near_w:
         own = reach_C[cell]
         for edge in range(edges):
-            region = cell * edges + edge
-            if offsets_R[region + 1] > offsets_R[region]:
-                foot = feet_CE[cell, edge]
-                other = reach_C[edges_CE[cell, edge]]
-                scores[found] = own + foot * (other - own) + (foot * foot - foot) * lengths_CE[cell, edge]
-                regions[found] = region
-                found += 1
-    return found
+            foot = feet_CE[cell, edge]
+            other = reach_C[edges_CE[cell, edge]]
+            scores[found] = own + foot * (other - own) + (foot * foot - foot) * lengths_CE[cell, edge]
+            regions[found] = cell * edges + edge
+            found += 1
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _pick_first(scores: Any, regions: Any, found: int, probes: int) -> int:
+def _pick_first(scores: Any, regions: Any, probes: int) -> int:
     """Bring the regions of least score to the front; of equal ones, those ranked first. Give how many there are."""
-    if found <= probes:
-        return found
-    limit = np.partition(scores[:found], probes - 1)[probes - 1]
-    room = probes - (scores[:found] < limit).sum()
+    if len(scores) <= probes:
+        return len(scores)
+    limit = np.partition(scores, probes - 1)[probes - 1]
+    room = probes - (scores < limit).sum()
     kept = 0
-    for place in range(found):
+    for place in range(len(scores)):
         if scores[place] < limit or (scores[place] == limit and room > 0):
             room -= scores[place] == limit
             regions[kept] = regions[place]

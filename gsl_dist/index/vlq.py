@@ -7,7 +7,8 @@ y on a line, its cell's centroid c, the neighbouring one s, the level l and the 
     |q - y - r|^2 = |q|^2 + |y + r|^2 - 2 (1 - l) <q, c> - 2 l <q, s> - 2 sum_m <q_m, r_m>
 
 and |y + r|^2 is kept with every code, so that a code costs M look-ups, one product and one addition. All is measured
-from the mean of the centroids, where numbers are small.
+from the mean of the centroids, where numbers are small. Regions are ranked whether they hold rows or not, so that a
+shard looks where an index of all rows would look.
 
 A list may have any length. Shards with one codebook are joined by concatenation. In the file, a safetensors file,
 arrays lie as they lie in memory, and it is mapped, not read: `offsets` (lists + 1) int64; `ids` (N,) int64, ascending
@@ -50,7 +51,7 @@ except ImportError:
 CELLS_SHARE = 4
 """A query ranks the regions of so many times as many cells as would hold the regions that it looks into."""
 
-_CHUNK_FLOATS, _SQUARE_ROWS = 1 << 24, 1 << 16
+_CHUNK_FLOATS, _SQUARE_FLOATS = 1 << 24, 1 << 20
 _ARRAYS = {"offsets": np.int64, "ids": np.int64, "codes": np.uint8, "squares": np.float32}
 
 
@@ -213,15 +214,31 @@ def make_lists(codebook: Codebook, ids_N: IdArray, regions_N: IdArray, codes: Co
     return LineLists(codebook, offsets_R, ids_N[order_N], codes, measure_squares(codebook, regions_N, codes))
 
 
+def describe_arrays(codebook: Codebook, rows: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """Give type and shape of the arrays in the file of so many rows."""
+    shapes = {
+        "offsets": (codebook.lists + 1,),
+        "ids": (rows,),
+        "codes": (rows, codebook.code_bytes),
+        "squares": (rows,),
+    }
+    return {name: (dtype, shapes[name]) for name, dtype in _ARRAYS.items()}
+
+
+def pick_rows(codebook: Codebook) -> int:
+    """Give how many rows are measured at a time: few enough that they take little memory."""
+    return max(1, _SQUARE_FLOATS // codebook.dim)
+
+
 def measure_squares(codebook: Codebook, regions_N: IdArray, codes: CodeArray) -> FloatArray:
-    """Give the squared length of what each code stands for, from the mean of the centroids, so many rows at a time.
+    """Give the squared length of what each code stands for, from the mean of the centroids, some rows at a time.
 
     Shapes: (N,), (N, code_bytes) -> (N,) float32.
     """
     squares_N = np.empty(len(regions_N), np.float32)
-    centre_D = _find_centre(codebook)
-    for start in range(0, len(regions_N), _SQUARE_ROWS):
-        some = slice(start, start + _SQUARE_ROWS)
+    centre_D, rows = _find_centre(codebook), pick_rows(codebook)
+    for start in range(0, len(regions_N), rows):
+        some = slice(start, start + rows)
         decoded_ND = codebook.rotate(codebook.decode(regions_N[some], codebook.unpack(codes[some])))
         squares_N[some] = np.square(decoded_ND - centre_D).sum(1)
     return squares_N
@@ -281,9 +298,7 @@ def _search_plainly(queries: Any, lines: Any, rows: Any, probes: int, answers: A
         feet_wE, regions_wE = feet_CE[near_w], near_w[:, None] * edges + np.arange(edges)
         scores_wE = (1 - feet_wE) * reach_C[near_w][:, None] + feet_wE * reach_C[edges_CE[near_w]]
         scores_wE += (feet_wE * feet_wE - feet_wE) * lengths_CE[near_w]
-        full = offsets_R[regions_wE + 1] > offsets_R[regions_wE]
-        regions_r, scores_r = regions_wE[full], scores_wE[full]
-        regions_r = regions_r[np.argsort(scores_r, kind="stable")[:probes]]
+        regions_r = regions_wE.ravel()[np.argsort(scores_wE.ravel(), kind="stable")[:probes]]
         counts_r = offsets_R[regions_r + 1] - offsets_R[regions_r]
         of_n = np.repeat(regions_r, counts_r)
         rows_n = np.arange(len(of_n)) + np.repeat(offsets_R[regions_r] - (np.cumsum(counts_r) - counts_r), counts_r)

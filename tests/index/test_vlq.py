@@ -73,14 +73,15 @@ def test_the_compiled_scan_finds_what_numpy_finds(made, probes, k, monkeypatch):
 
 
 @compiled
-def test_regions_are_looked_into_from_the_nearest_on(made, compiled, monkeypatch):
+@pytest.mark.parametrize("every", [1, 40], ids=["full", "sparse"])
+def test_regions_are_looked_into_from_the_nearest_on_empty_ones_included(made, compiled, every, monkeypatch):
     monkeypatch.setattr(module, "COMPILED", compiled)
-    codebook, ids, regions, _ = made
-    queries, lists = make_queries(), make_lists(*made)
+    codebook, (ids, regions, codes) = made[0], (part[::every] for part in made[1:])
+    queries, lists = make_queries(), make_lists(codebook, ids, regions, codes)
     ends = codebook.coarse[codebook.edges]
     points = codebook.coarse[:, None] + codebook.feet[..., None] * (ends - codebook.coarse[:, None])
     reach = np.square(queries[:, None] - points.reshape(-1, DIM)).sum(2)
-    reach[:, np.bincount(regions, minlength=codebook.lists) == 0] = np.inf
+    assert every == 1 or (np.bincount(regions, minlength=codebook.lists) == 0).any()
     for probes in (1, 7, 30):
         found = lists.search(queries, ROWS, probes, cells=CELLS)[1]
         for query, row in enumerate(found):
