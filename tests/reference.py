@@ -304,3 +304,12 @@ def place_in_loops(row, cell, coarse, edges, levels):
     _, place, along, end = best
     level = min(range(len(levels)), key=lambda number: abs(levels[number] - along))
     return place, level, [a - b for a, b in zip(row, point(levels[level], end), strict=True)]
+
+
+def deal_cells_in_loops(sizes, shards):
+    """Deal cells out, the longest first, each to the shard with the fewest rows, then the fewest cells."""
+    dealt, rows, cells = [0] * len(sizes), [0] * shards, [0] * shards
+    for cell in sorted(range(len(sizes)), key=lambda cell: (-sizes[cell], cell)):
+        shard = min(range(shards), key=lambda shard: (rows[shard], cells[shard], shard))
+        dealt[cell], rows[shard], cells[shard] = shard, rows[shard] + sizes[cell], cells[shard] + 1
+    return dealt
