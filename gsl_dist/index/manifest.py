@@ -42,6 +42,9 @@ class ShardEntry(Strict):
 class Manifest(Strict):
     """Everything that a version holds; `vectors` is how exactly it keeps these beside the codes, if it does.
 
+    `sharding` tells whether a shard is a run of the corpus (`id`) or all rows of its own cells (`cell`), and `dropped`
+    how many rows were left out because another has their id.
+
     `bytes_per_item` counts the code alone; the cell is implied by the list a code lies in, and faiss keeps eight more
     bytes for the id.
     """
@@ -62,6 +65,8 @@ class Manifest(Strict):
     bytes_per_item: int
     vectors: Precision | None = None
     coarse_search: str = "flat"
+    sharding: str = "id"
+    dropped: int = 0
     rows: int
     shards: list[ShardEntry]
     codebook: FileEntry
