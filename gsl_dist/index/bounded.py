@@ -39,6 +39,8 @@ from gsl_dist.index.writers import ListWriter, open_writer
 
 # Besides its code: the id, the list, the place in the order, and what sorting takes.
 _SORTED_BYTES = 8 + 4 + 8 + 8
+# A number of a vector as it is read and, two bytes becoming one, on its way.
+_ROUNDED_BYTES = 2 + 3 * 4
 _PUT_ROWS = 1 << 14
 _PAYLOAD_ROWS = 1 << 14
 # Rows of a payload are held as they came, picked in order, and once more in the writer.
@@ -145,7 +147,7 @@ def write_vectors(
         for start in range(0, len(ids_N), most):
             some_n = ids_N[start : start + most]
             kept_nD = np.empty((len(some_n), dim), dtype)
-            for batch in portion.stream(["id", "vector"], 2 * dim + ID_BYTES):
+            for batch in portion.stream(["id", "vector"], _ROUNDED_BYTES * dim):
                 inside_n, places_n = _find_places(batch, some_n)
                 kept_nD[places_n] = scale.round(read_halves(batch.column("vector"), dim)[inside_n])
             file.put("vectors", start, kept_nD)
@@ -229,7 +231,7 @@ def _find_scale(portion: Portion, dim: int, precision: Precision) -> Scale:
     low_D, high_D = np.full(dim, np.inf, np.float32), np.full(dim, -np.inf, np.float32)
     if precision == "float16" or portion.rows == 0:
         return make_scale(np.zeros(dim, np.float32), np.zeros(dim, np.float32), precision)
-    for batch in portion.stream(["vector"], 2 * dim):
+    for batch in portion.stream(["vector"], _ROUNDED_BYTES * dim):
         if batch.num_rows:
             x_ND = read_halves(batch.column("vector"), dim).astype(np.float32)
             low_D, high_D = np.minimum(low_D, x_ND.min(0)), np.maximum(high_D, x_ND.max(0))
