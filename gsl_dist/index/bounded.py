@@ -102,9 +102,9 @@ def plan_spans(portion: Portion, codebook: Codebook, sizes_R: IdArray, most: int
     while offsets_R[first] < offsets_R[-1]:
         last = int(np.searchsorted(offsets_R, offsets_R[first] + most, "right")) - 1
         start = int(offsets_R[first])
-        if last > first:
+        if offsets_R[last] > start:
             yield Span(start, int(offsets_R[last]), first, last)
-        else:
+        elif last == first:
             last = first + 1
             yield from _cut_list(portion, codebook, Span(start, int(offsets_R[last]), first, last), most)
         first = last
@@ -186,10 +186,10 @@ def name_payload(codes: pa.Schema) -> list[str]:
 def _gather_rows(portion: Portion, codebook: Codebook, span: Span) -> Rows:
     count, width = span.stop - span.start, codebook.code_bytes
     lists_n, ids_n, codes = np.empty(count, np.int32), np.empty(count, np.int64), np.empty((count, width), np.uint8)
-    filled, all_lists = 0, (0, codebook.lists) == (span.first, span.last)
+    filled, everything = 0, count == portion.rows
     for batch in portion.stream(["id", "cell", "code"], width + 12):
         found = read_lists(batch, codebook), batch.column("id").to_numpy(), read_bytes(batch.column("code"), width)
-        if not all_lists or span.low:
+        if not everything:
             inside = (
                 (found[0] >= span.first) & (found[0] < span.last) & (found[1] >= span.low) & (found[1] <= span.high)
             )

@@ -62,11 +62,11 @@ def test_lists_may_be_empty_for_the_most_part(tmp_path, rows, room):
 
 
 @every_room
-@pytest.mark.parametrize("kind", ["pq", "vlq"])
-def test_a_list_that_does_not_fit_is_cut(tmp_path, kind, room):
-    codebook = make_codebook(kind)
+@pytest.mark.parametrize(("kind", "cells", "long"), [("pq", 8, 2), ("pq", 8, 0), ("pq", 1, 0), ("vlq", 8, 2)])
+def test_a_list_that_does_not_fit_is_cut(tmp_path, kind, cells, long, room):
+    codebook = make_codebook(kind, cells=cells)
     ids, lists, codes = make_rows(codebook)
-    lists[lists > 2] = 2
+    ids[0], lists[lists > long] = 0, long
     streamed, whole = write_both(tmp_path, codebook, (ids, lists, codes), room)
     assert streamed == whole
 
