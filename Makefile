@@ -45,6 +45,7 @@ bench: install  ## measure the claims of the README, one after another
 	$(BIN)/python benchmarks/snapping.py
 	$(BIN)/python benchmarks/encoding.py
 	$(BIN)/python benchmarks/building.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/scanning.py
 	$(BIN)/python benchmarks/quantizers.py --seeds 1 --bytes 8

@@ -1,7 +1,7 @@
 """Building a shard from codes against `index.add` of the vectors, on the same core.
 
 The codes are those that `add` itself would write, so both ways end in the same lists. `fill` is the sort and the copy
-into the lists; `stage` is the whole of a build task: reading Parquet, checking, filling, writing, checksums.
+into the lists; `stage` is all that the build stage does for a shard: checksums, ids, streaming Parquet, writing.
 
 python benchmarks/building.py [--rows 1000000] [--rounds 5]
 """
@@ -21,13 +21,16 @@ import torch
 from numpy.typing import NDArray
 from record import spread, write_result
 
-from gsl_dist.artefact import open_card
+from gsl_dist.artefact import load_codebook, open_card
 from gsl_dist.cluster.build import BuildConfig, build_shard
-from gsl_dist.cluster.codebook import CodebookConfig, load_codebook, run_codebook
+from gsl_dist.cluster.codebook import CodebookConfig, run_codebook
 from gsl_dist.cluster.encode import EncodeConfig, read_codes, run_encode
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import check_config
+from gsl_dist.index.portions import cut_by_id
+from gsl_dist.index.repeats import find_repeats
 from gsl_dist.index.shards import create_shard, fill_shard, read_lists
+from gsl_dist.index.stream import Piece, survey_codes
 from gsl_dist.storage import Folder
 
 PLACE = Path("build/bench/building")
@@ -103,7 +106,11 @@ def time_task() -> None:
     settings = {"codes": str(PLACE / "codes"), "codebook": str(PLACE / "codebook"), "index": str(PLACE / "index")}
     config = check_config(BuildConfig, settings)
     entry = open_card(Folder(config.codes), "codes", verify=False).entry("shard-00000.parquet")
-    build_shard(config, Folder(PLACE / "index" / "versions" / "v"), "shard-00000", entry, "benchmark")
+    survey = survey_codes(config.codes, entry, load_codebook(config.codebook).fingerprint)
+    pieces = [Piece(survey.name, 0, survey.rows)]
+    find_repeats(config.codes, pieces, config.duplicates, config.room_bytes)
+    [portion] = cut_by_id(config.codes, pieces, None)
+    build_shard(config, Folder(PLACE / "index" / "versions" / "v"), portion, "benchmark")
 
 
 def clock(action: Callable[[], object]) -> float:

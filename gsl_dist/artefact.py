@@ -10,9 +10,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict
 from gsl_dist.errors import ArtefactError, ConfigError
 from gsl_dist.storage import FileEntry, Folder
+
+CODEBOOK = "codebook.safetensors"
+"""The file of a codebook, in whichever artefact."""
 
 
 class Card(Strict):
@@ -39,7 +43,7 @@ class Card(Strict):
 
 def publish_card(folder: Folder, card: Card) -> Card:
     """Make an artefact exist, after all of its files are in place."""
-    folder.write_json(_name(card.kind), card.model_dump(mode="json"))
+    folder.write_json(name_card(card.kind), card.model_dump(mode="json"))
     return card
 
 
@@ -49,12 +53,12 @@ def open_card(folder: Folder, kind: str, *, verify: bool = True) -> Card:
     Raises:
         ArtefactError: there is no such artefact, or a file differs from what the card pins.
     """
-    if not folder.exists(_name(kind)):
-        raise ArtefactError(folder.path(), f"there is no finished {kind} here ({_name(kind)} is missing)")
+    if not folder.exists(name_card(kind)):
+        raise ArtefactError(folder.path(), f"there is no finished {kind} here ({name_card(kind)} is missing)")
     try:
-        card = Card.model_validate(folder.read_json(_name(kind)))
+        card = Card.model_validate(folder.read_json(name_card(kind)))
     except ValidationError as error:
-        raise ArtefactError(folder.path(_name(kind)), "it is not the card of an artefact") from error
+        raise ArtefactError(folder.path(name_card(kind)), "it is not the card of an artefact") from error
     for entry in card.files if verify else []:
         folder.check(entry)
     return card
@@ -66,7 +70,7 @@ def find_finished(folder: Folder, kind: str, made_by: str) -> Card | None:
     Raises:
         ConfigError: the folder holds an artefact of other settings or inputs, which is never overwritten.
     """
-    if not folder.exists(_name(kind)):
+    if not folder.exists(name_card(kind)):
         return None
     card = open_card(folder, kind)
     if card.made_by != made_by:
@@ -74,5 +78,17 @@ def find_finished(folder: Folder, kind: str, made_by: str) -> Card | None:
     return card
 
 
-def _name(kind: str) -> str:
+def load_codebook(location: str) -> Codebook:
+    """Read the codebook of a codebook folder.
+
+    Raises:
+        ArtefactError: absent or damaged.
+    """
+    folder = Folder(location)
+    open_card(folder, "codebook")
+    return Codebook.load(folder, CODEBOOK)
+
+
+def name_card(kind: str) -> str:
+    """Give the name of an artefact's card."""
     return f"{kind}.json"

@@ -23,7 +23,6 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 
 from gsl_dist.config import Strict
@@ -152,6 +151,9 @@ def make_loss(config: LossConfig, *, classes: int, dim: int, mined: Mined | None
     if isinstance(config, NeighbourConfig):
         assert mined is not None, "a loss of neighbours needs them"
         return SimilarityLoss(NeighbourLoss(config, mined))
+    # Here, since it brings SciPy: encoding and fitting come through this module too, in many processes.
+    from pytorch_metric_learning import losses, miners
+
     if isinstance(config, TripletConfig):
         miner = miners.BatchHardMiner() if config.mining == "hardest" else None
         return SimilarityLoss(losses.TripletMarginLoss(margin=config.margin), miner)

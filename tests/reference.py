@@ -313,3 +313,12 @@ def rabitq_in_loops(query, row, centroid, words):
     scale = _dot(rest, rest) / _dot(words, rest)
     estimate = _dot(asked, asked) + _dot(rest, rest) - 2 * scale * _dot(asked, words)
     return estimate, [number > 0 for number in rest]
+
+
+def deal_cells_in_loops(sizes, shards):
+    """Deal cells out, the longest first, each to the shard with the fewest rows, then the fewest cells."""
+    dealt, rows, cells = [0] * len(sizes), [0] * shards, [0] * shards
+    for cell in sorted(range(len(sizes)), key=lambda cell: (-sizes[cell], cell)):
+        shard = min(range(shards), key=lambda shard: (rows[shard], cells[shard], shard))
+        dealt[cell], rows[shard], cells[shard] = shard, rows[shard] + sizes[cell], cells[shard] + 1
+    return dealt

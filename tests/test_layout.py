@@ -131,6 +131,20 @@ def test_importing_a_door_loads_no_engine(module):
     assert (ran.stdout.strip(), ran.stderr) == ("[]", "")
 
 
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("gsl_dist.cluster.build", {"torch", "numba", "scipy"}),
+        ("gsl_dist.cluster.codebook", {"pytorch_metric_learning", "numba", "faiss"}),
+        ("gsl_dist.cluster.encode", {"pytorch_metric_learning", "numba", "faiss"}),
+    ],
+)
+def test_workers_load_no_library_that_they_have_no_use_for(module, heavy):
+    code = f"import sys, {module}; print(sorted({heavy!r} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
 def test_test_files_have_names_of_their_own():
     names = [path.name for path in PACKAGE.parent.joinpath("tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))

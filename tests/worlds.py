@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gsl_dist.artefact import Card, publish_card
 from gsl_dist.codebook import Codebook, space_evenly
 from gsl_dist.index.lists import make_lists, name_file
 from gsl_dist.index.manifest import (
@@ -17,6 +19,7 @@ from gsl_dist.index.manifest import (
     version_folder,
 )
 from gsl_dist.index.refine import keep_vectors
+from gsl_dist.index.stream import FINGERPRINT_KEY, Piece, Portion
 from gsl_dist.storage import Folder
 
 
@@ -114,3 +117,39 @@ def make_vectors(rows=400, dim=16, *, seed=2):
 def make_queries(count=20, *, dim=16, seed=1):
     """Give random queries."""
     return np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+
+
+def write_codes(place, codebook, rows, *, files=1, group=64, vectors=None, payload=None):
+    """Write a folder of codes and one of their codebook in `place`, as the stages do, and give the files as pieces.
+
+    Rows are dealt out in runs. `payload` is a table of as many rows; vectors are kept as float16.
+    """
+    ids, lists, codes = rows
+    table = pa.table({"id": ids, "cell": lists.astype(np.int32)})
+    table = table.append_column("code", pa.array(list(map(bytes, codes)), pa.binary(codebook.code_bytes)))
+    for name in [] if payload is None else payload.column_names:
+        table = table.append_column(name, payload[name])
+    if vectors is not None:
+        halves = pa.array(vectors.astype(np.float16).ravel())
+        table = table.append_column("vector", pa.FixedSizeListArray.from_arrays(halves, codebook.dim))
+    table = table.replace_schema_metadata({FINGERPRINT_KEY: codebook.fingerprint.encode()})
+    folder, home, edges = Folder(place / "codes"), Folder(place / "codebook"), np.linspace(0, len(ids), files + 1)
+    pieces = []
+    for number, (start, stop) in enumerate(zip(edges[:-1].astype(int), edges[1:].astype(int), strict=True)):
+        with folder.whole(f"shard-{number:05d}.parquet") as path:
+            pq.write_table(table.slice(start, stop - start), path, row_group_size=group)
+        pieces.append(Piece(f"shard-{number:05d}.parquet", 0, int(stop - start)))
+    facts = {"codebook_fingerprint": codebook.fingerprint, "rows": len(ids), "rejects": 0}
+    facts["shards"] = [{"name": piece.name.split(".")[0], "rows": piece.rows} for piece in pieces]
+    facts["payload_columns"] = [] if payload is None else payload.column_names
+    pins = [folder.pin(piece.name) for piece in pieces]
+    made = {"made_by": f"{len(ids)} rows", "config": {"keep_vectors": vectors is not None}}
+    publish_card(folder, Card(kind="codes", files=pins, facts=facts, **made))
+    codebook.save(home, CODEBOOK)
+    publish_card(home, Card(kind="codebook", files=[home.pin(CODEBOOK)], facts={}, **made))
+    return pieces
+
+
+def join_pieces(place, pieces, name="shard-00000"):
+    """Give all rows of some files of codes as one portion."""
+    return Portion(name, str(place / "codes"), tuple(pieces), sum(piece.rows for piece in pieces))

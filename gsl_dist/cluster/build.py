@@ -1,30 +1,31 @@
 """The build stage: a task a shard turns codes into a file of lists; the manifest comes last, then the pointer.
 
-Codes and cells go straight into the inverted lists, nothing is encoded again. Each finished shard leaves a note, so
-that a relaunch builds only what is missing. No other process sees the version before its manifest is there.
+Codes and cells go straight into the inverted lists, nothing is encoded again. Files of codes are checked first, and
+that no id occurs twice among them; then each task streams the codes of its shard, in as many passes as its memory asks
+for (`gsl_dist.index.bounded`). Each finished shard leaves a note, so that a relaunch builds only what is missing. No
+other process sees the version before its manifest is there.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import ray
 from pydantic import Field, ValidationError
 
-from gsl_dist.artefact import Card, open_card
-from gsl_dist.cluster.codebook import load_codebook
-from gsl_dist.cluster.encode import CodeTable, read_codes
-from gsl_dist.cluster.model import CARD
+from gsl_dist.artefact import Card, load_codebook, name_card, open_card
 from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
-from gsl_dist.errors import ArtefactError, ConfigError, DataError
-from gsl_dist.index.lists import make_lists, name_file
+from gsl_dist.errors import ArtefactError, ConfigError
+from gsl_dist.index.bounded import hold_ids, name_payload, write_lists, write_payload, write_vectors
+from gsl_dist.index.lists import name_file
 from gsl_dist.index.manifest import (
     CODEBOOK,
     VERSION_NAME,
@@ -37,11 +38,15 @@ from gsl_dist.index.manifest import (
     publish_version,
     version_folder,
 )
-from gsl_dist.index.refine import Precision, keep_vectors
+from gsl_dist.index.portions import Sharding, cut_by_cell, cut_by_id, name_shard
+from gsl_dist.index.refine import Precision
+from gsl_dist.index.repeats import Duplicates, find_repeats, group_files
 from gsl_dist.index.shards import CoarseSearch, CodeLayout, suits_fastscan
+from gsl_dist.index.stream import ID_BYTES, READ_BYTES, Piece, Portion, count_lists, survey_codes
 from gsl_dist.storage import FileEntry, Folder
 
 _SOFTWARE = ("faiss-cpu", "faiss-gpu", "torch", "ray", "numpy", "pyarrow", "gsl_dist")
+_LEAST_ROOM = 4 << 20
 
 
 class BuildConfig(Strict):
@@ -62,17 +67,32 @@ class BuildConfig(Strict):
         default="plain",
         description="how lists hold codes: plain, or fastscan (pq of 4 bits, rabitq; keep vectors to refine by)",
     )
+    sharding: Sharding = Field(
+        default="id", description="id: each shard a run of the corpus; cell: each cell in one shard with all its rows"
+    )
+    shards: int | None = Field(default=None, ge=1, le=100_000, description="None: as many as the codes have files")
+    duplicates: Duplicates = Field(
+        default="refuse", description="rows with one id: an error, or all but the first or the last are left out"
+    )
+    memory_mb: int = Field(
+        default=512,
+        ge=64,
+        description="what the rows of one task may take, libraries and codebook apart; reading alone takes 48",
+    )
     promote: bool = True
     resources: Resources = Resources()
 
+    @property
+    def room_bytes(self) -> int:
+        """Give what is left of a task's memory while it reads."""
+        return (self.memory_mb << 20) - READ_BYTES
+
 
 class BuiltShard(Strict):
-    """What is known of a finished shard; the ids tell whether two shards may share one."""
+    """What is known of a finished shard."""
 
     made_by: str
     entry: ShardEntry
-    first_id: int
-    last_id: int
 
 
 def run_build(config: BuildConfig, progress: Progress = stay_quiet) -> Manifest:
@@ -80,13 +100,13 @@ def run_build(config: BuildConfig, progress: Progress = stay_quiet) -> Manifest:
 
     Raises:
         ArtefactError: codes are damaged, or were written with another codebook.
-        ConfigError: the version's name is taken by another content.
-        DataError: ids occur twice.
+        ConfigError: the version's name is taken by another content, or a setting does not go with the codes.
+        DataError: ids occur twice, and `duplicates` says that they may not.
     """
     codes, codebook = open_card(Folder(config.codes), "codes", verify=False), load_codebook(config.codebook)
     _check_fit(config, codes, codebook)
     parts = [codes.made_by, codebook.fingerprint, config.model and _model_card(config).made_by]
-    made_by = fingerprint_config(*parts, *([config.vectors] if config.vectors else []), *_name_search(config))
+    made_by = fingerprint_config(*parts, *_name_choices(config))
     version, index = config.version or f"v-{made_by[:12]}", Folder(config.index)
     if version in list_versions(index):
         manifest = open_version(index, version)
@@ -94,52 +114,51 @@ def run_build(config: BuildConfig, progress: Progress = stay_quiet) -> Manifest:
             raise ConfigError("version", version, "a version is immutable and this one holds other codes; name another")
     else:
         folder = version_folder(index, version)
-        built = _build_shards(config, folder, codes, made_by, progress)
+        built = _build_shards(config, folder, codes, codebook, made_by, progress)
         manifest = _describe(config, folder, version, codes, codebook, built)
         publish_version(index, manifest)
     return promote_version(index, version) if config.promote else manifest
 
 
-def build_shard(config: BuildConfig, folder: Folder, name: str, entry: FileEntry, made_by: str) -> BuiltShard:
-    """Build one shard file and its payload from its codes; knows no Ray.
-
-    Raises:
-        ArtefactError, DataError: the codes are damaged, of another codebook, or repeat an id.
-    """
-    source, codebook = Folder(config.codes), load_codebook(config.codebook)
-    source.check(entry)
-    table = read_codes(source, name, codebook)
-    file = name_file(name, codebook)
-    with folder.whole(file) as path:
-        make_lists(codebook, table.ids, table.cells, table.codes, config.coarse_search, config.code_layout).write(path)
-    payload = None
-    if table.payload is not None:
-        payload_name = f"{name.replace('shard', 'payload')}.parquet"
-        order = np.argsort(table.ids)
-        rows = table.payload.add_column(0, "id", [table.ids]).take(order)
-        with folder.whole(payload_name) as path:
-            pq.write_table(rows, path)
-        payload = folder.pin(payload_name)
-    vectors = _keep_vectors(config.vectors, folder, name, table) if config.vectors else None
-    index = folder.pin(file)
-    shard_entry = ShardEntry(name=name, rows=len(table.ids), index=index, payload=payload, vectors=vectors)
-    first, last = (int(table.ids.min()), int(table.ids.max())) if len(table.ids) else (0, -1)
-    built = BuiltShard(made_by=made_by, entry=shard_entry, first_id=first, last_id=last)
+def build_shard(config: BuildConfig, folder: Folder, portion: Portion, made_by: str) -> BuiltShard:
+    """Build the files of one shard from its rows, whose files were checked and whose ids occur once; knows no Ray."""
+    codebook, name, room_bytes = load_codebook(config.codebook), portion.name, config.room_bytes
+    index = name_file(name, codebook)
+    with folder.whole(index) as path:
+        write_lists(portion, codebook, path, room_bytes, config.coarse_search, config.code_layout)
+    entry = ShardEntry(name=name, rows=portion.rows, index=folder.pin(index))
+    if config.vectors or name_payload(portion.schema):
+        ids_N = hold_ids(portion)
+        room_bytes -= ids_N.nbytes
+        if name_payload(portion.schema):
+            payload = f"{name.replace('shard', 'payload')}.parquet"
+            with folder.whole(payload) as path:
+                write_payload(portion, ids_N, path, room_bytes)
+            entry = entry.model_copy(update={"payload": folder.pin(payload)})
+        if config.vectors:
+            vectors = f"{name.replace('shard', 'vectors')}.{config.vectors}"
+            with folder.whole(vectors) as path:
+                write_vectors(portion, ids_N, codebook.dim, path, room_bytes, config.vectors)
+            entry = entry.model_copy(update={"vectors": folder.pin(vectors)})
+    built = BuiltShard(made_by=made_by, entry=entry)
     folder.write_json(f"{name}.note.json", built.model_dump(mode="json"))
     return built
 
 
-def _name_search(config: BuildConfig) -> list[str]:
-    # Versions without a graph or blocks keep the names that they had before there were any.
-    return [choice for choice in (config.coarse_search, config.code_layout) if choice not in ("flat", "plain")]
-
-
-def _keep_vectors(precision: Precision, folder: Folder, name: str, table: CodeTable) -> FileEntry:
-    file = f"{name.replace('shard', 'vectors')}.{precision}"
-    assert table.vectors is not None, "codes without vectors were refused"
-    with folder.whole(file) as path:
-        keep_vectors(table.ids, table.vectors, precision).write(path)
-    return folder.pin(file)
+def _name_choices(config: BuildConfig) -> list[str]:
+    # Only what is not as it always was, so that versions keep the names that they had before there was a choice.
+    names = [config.vectors] if config.vectors else []
+    usual: dict[str, Any] = {
+        "coarse_search": "flat",
+        "code_layout": "plain",
+        "sharding": "id",
+        "shards": None,
+        "duplicates": "refuse",
+    }
+    chosen = {name: getattr(config, name) for name, value in usual.items() if getattr(config, name) != value}
+    # These were the first, and stand alone.
+    names += [chosen.pop(name) for name in ("coarse_search", "code_layout") if name in chosen]
+    return [*names, *(f"{name}={value}" for name, value in chosen.items())]
 
 
 def _check_fit(config: BuildConfig, codes: Card, codebook: Codebook) -> None:
@@ -150,6 +169,8 @@ def _check_fit(config: BuildConfig, codes: Card, codebook: Codebook) -> None:
         raise ConfigError("code_layout", "fastscan", f"it takes rabitq, or pq and opq of 4 bits; {found}")
     if config.vectors and not codes.config.get("keep_vectors"):
         raise ConfigError("vectors", config.vectors, f"{config.codes} holds codes alone: encode with keep_vectors=true")
+    if config.sharding == "cell" and (config.shards or 1) > codebook.cells:
+        raise ConfigError("shards", config.shards, f"by cell there are {codebook.cells} at most, one a cell")
     written_with = codes.facts["codebook_fingerprint"]
     if written_with != codebook.fingerprint:
         raise ArtefactError(
@@ -162,44 +183,76 @@ def _model_card(config: BuildConfig) -> Card:
 
 
 def _build_shards(
-    config: BuildConfig, folder: Folder, codes: Card, made_by: str, progress: Progress
+    config: BuildConfig, folder: Folder, codes: Card, codebook: Codebook, made_by: str, progress: Progress
 ) -> list[BuiltShard]:
-    names = [shard["name"] for shard in codes.facts["shards"]]
+    names = [name_shard(shard) for shard in range(_count_shards(config, codes, codebook))]
     done = {name: note for name in names if (note := _note(folder, name, made_by))}
-    missing = [name for name in names if name not in done]
-    if missing:
+    if len(done) < len(names):
         start_session(config.resources.cpus)
-        work = ray.remote(num_cpus=config.resources.cpus)(build_shard)
-        with own_errors():
-            waiting = {
-                work.remote(config, folder, name, codes.entry(f"{name}.parquet"), made_by): name for name in missing
-            }
-            while waiting:
-                progress("build", len(done), len(names), "shards")
-                (ready,), _ = ray.wait(list(waiting), num_returns=1)
-                done[waiting.pop(ready)] = ray.get(ready)
-    progress("build", len(names), len(names), "shards")
+        portions = [part for part in _cut_corpus(config, codes, codebook, progress) if part.name not in done]
+        before = len(done)
+        calls = [(config, folder, portion, made_by) for portion in portions]
+        draw = functools.partial(_draw, progress, "build", before, len(names))
+        done |= {built.entry.name: built for built in _run_tasks(config, build_shard, calls, draw)}
     built = [done[name] for name in names]
-    _refuse_shared_ids(config, built)
+    dropped = codes.facts["rows"] - sum(shard.entry.rows for shard in built)
+    progress("build", len(names), len(names), f"{dropped} rows of repeated ids left out" if dropped else "shards")
     return built
 
 
-def _refuse_shared_ids(config: BuildConfig, built: list[BuiltShard]) -> None:
-    # Shards whose ids lie apart cannot share one; only those that overlap are read and compared.
-    ordered = sorted((shard for shard in built if shard.entry.rows), key=lambda shard: shard.first_id)
-    reach, held = -1, np.empty(0, np.int64)
-    for shard in ordered:
-        overlaps = shard.first_id <= reach
-        follower = ordered[ordered.index(shard) + 1 :][:1]
-        if not overlaps and not (follower and follower[0].first_id <= shard.last_id):
-            reach, held = shard.last_id, np.empty(0, np.int64)
-            continue
-        with Folder(config.codes).local(f"{shard.entry.name}.parquet") as path:
-            ids = pq.read_table(path, columns=["id"])["id"].to_numpy()
-        shared = np.intersect1d(held, ids)
-        if len(shared):
-            raise DataError("id", int(shared[0]), f"each id may occur once; shards share {len(shared)} of them")
-        held, reach = np.concatenate([held, ids]) if overlaps else ids, max(reach, shard.last_id)
+def _count_shards(config: BuildConfig, codes: Card, codebook: Codebook) -> int:
+    if config.sharding == "cell":
+        return min(config.shards or len(codes.facts["shards"]), codebook.cells)
+    return len(codes.facts["shards"]) if config.shards is None else min(config.shards, codes.facts["rows"])
+
+
+def _cut_corpus(config: BuildConfig, codes: Card, codebook: Codebook, progress: Progress) -> list[Portion]:
+    """Check the files of codes, leave out what repeats an id, and share the rows among the shards."""
+    entries = [codes.entry(f"{shard['name']}.parquet") for shard in codes.facts["shards"]]
+    calls: list[tuple[Any, ...]] = [(config.codes, entry, codebook.fingerprint) for entry in entries]
+    surveys = _run_tasks(config, survey_codes, calls, functools.partial(_draw, progress, "check", 0, len(entries)))
+    pieces = [Piece(survey.name, 0, survey.rows) for survey in surveys]
+    groups = group_files(surveys)
+    calls = [(config.codes, [pieces[n] for n in group], config.duplicates, config.room_bytes) for group in groups]
+    found = _run_tasks(config, find_repeats, calls, functools.partial(_draw, progress, "ids", 0, len(calls)))
+    for group, rows in zip(groups, found, strict=True):
+        for number, dropped in zip(group, rows, strict=True):
+            pieces[number] = replace(pieces[number], dropped=dropped)
+    if config.sharding == "id":
+        portions = cut_by_id(config.codes, pieces, config.shards)
+    else:
+        calls = [(Portion("", config.codes, (piece,), piece.rows), codebook) for piece in pieces]
+        sizes = _run_tasks(config, count_lists, calls, functools.partial(_draw, progress, "cells", 0, len(calls)))
+        portions = cut_by_cell(config.codes, pieces, _count_shards(config, codes, codebook), sum(sizes), codebook)
+    _check_room(config, codes, portions)
+    return portions
+
+
+def _check_room(config: BuildConfig, codes: Card, portions: list[Portion]) -> None:
+    longest = max(portions, key=lambda portion: portion.rows)
+    least = (longest.rows * ID_BYTES + READ_BYTES + _LEAST_ROOM) >> 20
+    if (config.vectors or codes.facts["payload_columns"]) and config.memory_mb <= least:
+        held = f"{longest.name} holds the ids of {longest.rows} rows to keep vectors or payload in their order"
+        raise ConfigError("memory_mb", config.memory_mb, f"{held}: give {least + 1}, or more shards")
+
+
+def _run_tasks(
+    config: BuildConfig, work: Callable[..., Any], calls: Sequence[tuple[Any, ...]], draw: Callable[[int], None]
+) -> list[Any]:
+    """Give what each call gives, in their order."""
+    task = ray.remote(num_cpus=config.resources.cpus)(work)
+    with own_errors():
+        waiting = {task.remote(*call): number for number, call in enumerate(calls)}
+        found: dict[int, Any] = {}
+        while waiting:
+            draw(len(found))
+            (ready,), _ = ray.wait(list(waiting), num_returns=1)
+            found[waiting.pop(ready)] = ray.get(ready)
+    return [found[number] for number in range(len(calls))]
+
+
+def _draw(progress: Progress, what: str, before: int, total: int, done: int) -> None:
+    progress(what, before + done, total, "shards" if what == "build" else "files")
 
 
 def _note(folder: Folder, name: str, made_by: str) -> BuiltShard | None:
@@ -235,6 +288,8 @@ def _describe(
         vectors=config.vectors,
         coarse_search=config.coarse_search,
         code_layout=config.code_layout,
+        sharding=config.sharding,
+        dropped=codes.facts["rows"] - sum(shard.entry.rows for shard in built),
         model=model,
         configs=configs,
         software=list_software(),
@@ -243,7 +298,7 @@ def _describe(
 
 def _copy_model(config: BuildConfig, folder: Folder) -> list[FileEntry]:
     source = Folder(str(config.model))
-    names = [*(entry.name for entry in _model_card(config).files), CARD]
+    names = [*(entry.name for entry in _model_card(config).files), name_card("model")]
     for name in names:
         folder.write_bytes(f"model/{name}", source.read_bytes(name))
     return [folder.pin(f"model/{name}") for name in names]

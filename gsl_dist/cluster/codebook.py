@@ -19,9 +19,10 @@ import ray
 import torch
 from pydantic import Field, model_validator
 
-from gsl_dist.artefact import Card, find_finished, open_card, publish_card
+from gsl_dist.artefact import CODEBOOK, Card, find_finished, open_card, publish_card
+from gsl_dist.artefact import load_codebook as load_codebook
 from gsl_dist.cluster.coordinator import Agenda, Seat, check_rows, start_coordinator
-from gsl_dist.cluster.model import CODEBOOK, load_encoder, load_trained_codebook, pick_device
+from gsl_dist.cluster.model import load_encoder, load_trained_codebook, pick_device
 from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet, watch_remarks
 from gsl_dist.codebook import WITHOUT_PRODUCTS, Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
@@ -107,17 +108,6 @@ def run_codebook(config: CodebookConfig, progress: Progress = stay_quiet) -> Car
     return publish_card(
         folder, Card(kind="codebook", made_by=made_by, files=[folder.pin(CODEBOOK)], config=dumped, facts=facts)
     )
-
-
-def load_codebook(location: str) -> Codebook:
-    """Read the codebook of a codebook folder.
-
-    Raises:
-        ArtefactError: absent or damaged.
-    """
-    folder = Folder(location)
-    open_card(folder, "codebook")
-    return Codebook.load(folder, CODEBOOK)
 
 
 def check_lengths(x_ND: torch.Tensor, metric: str) -> None:

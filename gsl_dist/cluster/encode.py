@@ -24,8 +24,8 @@ import torch
 from pydantic import Field, ValidationError
 from ray.data import ActorPoolStrategy
 
-from gsl_dist.artefact import Card, find_finished, open_card, publish_card
-from gsl_dist.cluster.codebook import check_lengths, load_codebook
+from gsl_dist.artefact import Card, find_finished, load_codebook, open_card, publish_card
+from gsl_dist.cluster.codebook import check_lengths
 from gsl_dist.cluster.model import load_encoder, pick_device
 from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
 from gsl_dist.codebook import Codebook
@@ -34,13 +34,12 @@ from gsl_dist.data import Batch, Corpus, CorpusConfig, open_corpus, split_rows
 from gsl_dist.encoders import Encoder
 from gsl_dist.errors import ArtefactError, ConfigError, DataError, GslError, pack_error, unpack_error
 from gsl_dist.fit import embed
+from gsl_dist.index.stream import FINGERPRINT_KEY, OWN_COLUMNS, read_bytes, read_halves
 from gsl_dist.quantizers import open_quantizer
 from gsl_dist.storage import FileEntry, Folder
 
-FINGERPRINT_KEY = b"gsl_codebook"
 _GROUP_ROWS = 65_536
 _READ_AHEAD = 3
-_OWN_COLUMNS = ("id", "cell", "code", "vector")
 
 
 class EncodeConfig(Strict):
@@ -245,8 +244,8 @@ def _check_settings(config: EncodeConfig, corpus: Corpus, codebook: Codebook) ->
     if dim != codebook.dim:
         owner = "model" if config.model else "corpus"
         raise ConfigError(owner, f"vectors of {dim} numbers", f"the codebook {config.codebook} takes {codebook.dim}")
-    if taken := sorted(set(config.corpus.payload_columns) & set(_OWN_COLUMNS)):
-        raise ConfigError("corpus.payload_columns", taken, f"{', '.join(_OWN_COLUMNS)} are names of our own columns")
+    if taken := sorted(set(config.corpus.payload_columns) & set(OWN_COLUMNS)):
+        raise ConfigError("corpus.payload_columns", taken, f"{', '.join(OWN_COLUMNS)} are names of our own columns")
 
 
 def _encode_shards(
@@ -328,23 +327,13 @@ def read_codes(folder: Folder, name: str, codebook: Codebook) -> CodeTable:
             folder.path(f"{name}.parquet"),
             f"its codes were written with codebook {written_with}, but this one is {codebook.fingerprint}",
         )
-    table = table.combine_chunks()
-    payload = table.drop_columns([c for c in _OWN_COLUMNS if c in table.column_names])
-    vectors = _flat(table, "vector", np.float16, codebook.dim) if "vector" in table.column_names else None
+    payload = table.drop_columns([c for c in OWN_COLUMNS if c in table.column_names])
+    ids, cells, content = (table[name].combine_chunks() for name in ("id", "cell", "code"))
+    kept = table["vector"].combine_chunks() if "vector" in table.column_names else None
     return CodeTable(
-        table["id"].to_numpy(),
-        table["cell"].to_numpy().astype(np.int64),
-        _flat(table, "code", np.uint8, codebook.code_bytes),
+        ids.to_numpy(),
+        cells.to_numpy().astype(np.int64),
+        read_bytes(content, codebook.code_bytes),
         payload if payload.num_columns else None,
-        vectors,
+        None if kept is None else read_halves(kept, codebook.dim),
     )
-
-
-def _flat(table: pa.Table, column: str, dtype: Any, width: int) -> Any:
-    """Give a fixed-width column as a matrix."""
-    chunks = table[column].chunks
-    if not chunks:
-        return np.empty((0, width), dtype)
-    array = chunks[0]
-    values = np.frombuffer(array.buffers()[-1], dtype, count=(array.offset + len(array)) * width)
-    return values[array.offset * width :].reshape(-1, width)

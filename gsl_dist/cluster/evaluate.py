@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from gsl_dist.artefact import open_card
+from gsl_dist.artefact import name_card, open_card
 from gsl_dist.cluster.encode import read_codes
-from gsl_dist.cluster.model import CARD, load_encoder
+from gsl_dist.cluster.model import load_encoder
 from gsl_dist.cluster.session import Progress, stay_quiet
 from gsl_dist.codebook import FloatArray, IdArray
 from gsl_dist.config import Location, Resources, Strict
@@ -110,7 +110,7 @@ def embed_queries(index: str, manifest: Manifest, items: NDArray[Any]) -> FloatA
     Shapes: items (Q, ...) -> (Q, D) float32.
     """
     folder = version_folder(Folder(index), manifest.version)
-    if any(entry.name == f"model/{CARD}" for entry in manifest.model):
+    if any(entry.name == f"model/{name_card('model')}" for entry in manifest.model):
         encoder, card = load_encoder(folder.path("model"))
         if list(items.shape[1:]) != list(card.facts["item_shape"]):
             shape = tuple(card.facts["item_shape"])

@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from gsl_dist.artefact import Card, open_card, publish_card
+from gsl_dist.artefact import CODEBOOK, Card, open_card, publish_card
 from gsl_dist.codebook import Codebook
 from gsl_dist.encoders import Encoder, EncoderConfig, make_encoder
 from gsl_dist.errors import ArtefactError
 from gsl_dist.storage import Folder
 
-WEIGHTS, CODEBOOK, CARD = "encoder.safetensors", "codebook.safetensors", "model.json"
+WEIGHTS = "encoder.safetensors"
 _ENCODER = TypeAdapter(EncoderConfig)
 
 

@@ -56,6 +56,9 @@ class Point(Strict):
 class Manifest(Strict):
     """Everything that a version holds; `vectors` is how exactly it keeps these beside the codes, if it does.
 
+    `sharding` tells whether a shard is a run of the corpus (`id`) or all rows of its own cells (`cell`), and `dropped`
+    how many rows were left out because another has their id.
+
     `bytes_per_item` counts the code alone; the cell is implied by the list a code lies in, and faiss keeps eight more
     bytes for the id.
     """
@@ -77,6 +80,8 @@ class Manifest(Strict):
     vectors: Precision | None = None
     coarse_search: CoarseSearch = "flat"
     code_layout: CodeLayout = "plain"
+    sharding: str = "id"
+    dropped: int = 0
     rows: int
     points: list[Point] = []
     shards: list[ShardEntry]

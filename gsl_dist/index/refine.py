@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,16 +70,44 @@ def keep_vectors(ids_N: IdArray, x_ND: NDArray[np.floating], precision: Precisio
     """
     order_N = np.argsort(ids_N)
     x_ND, dims = x_ND[order_N], x_ND.shape[1]
-    if precision == "float16":
-        return VectorStore(
-            ids_N[order_N], x_ND.astype(np.float16), np.zeros(dims, np.float32), np.ones(dims, np.float32)
-        )
     low_D, high_D = (
         np.asarray(end(x_ND, axis=0) if len(x_ND) else np.zeros(dims), np.float32) for end in (np.min, np.max)
     )
-    step_D = np.where(high_D > low_D, (high_D - low_D) / 255, 1).astype(np.float32)
-    kept_ND = np.rint((x_ND - low_D) / step_D).astype(np.uint8)
-    return VectorStore(ids_N[order_N], kept_ND, low_D, step_D)
+    scale = make_scale(low_D, high_D, precision)
+    return VectorStore(ids_N[order_N], scale.round(x_ND), scale.low_D, scale.step_D)
+
+
+class Scale(NamedTuple):
+    """How numbers are kept, dimension by dimension: x = low + step * kept.
+
+    Shapes: low, step (D,) float32.
+    """
+
+    low_D: FloatArray
+    step_D: FloatArray
+    precision: Precision
+
+    def round(self, x_ND: NDArray[np.floating]) -> NDArray[Any]:
+        """Give vectors as they are kept.
+
+        Shapes: (N, D) -> (N, D) float16 or uint8.
+        """
+        if self.precision == "float16":
+            return x_ND.astype(np.float16)
+        return np.rint((x_ND - self.low_D) / self.step_D).astype(np.uint8)
+
+
+def make_scale(low_D: FloatArray, high_D: FloatArray, precision: Precision) -> Scale:
+    """Give the scale of vectors between two ends; float16 needs none."""
+    if precision == "float16":
+        return Scale(np.zeros_like(low_D), np.ones_like(low_D), precision)
+    return Scale(low_D, np.where(high_D > low_D, (high_D - low_D) / 255, 1).astype(np.float32), precision)
+
+
+def describe_store(rows: int, dim: int, precision: Precision) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """Give type and shape of the arrays in the file of so many vectors."""
+    kept = (_KEPT[precision], (rows, dim))
+    return {"ids": (np.int64, (rows,)), "vectors": kept, "low": (np.float32, (dim,)), "step": (np.float32, (dim,))}
 
 
 def open_vectors(path: Path, rows: int, dim: int, precision: Precision) -> VectorStore:
@@ -88,7 +116,7 @@ def open_vectors(path: Path, rows: int, dim: int, precision: Precision) -> Vecto
     Raises:
         ArtefactError: it is no store of so many vectors.
     """
-    wanted = {"ids": np.int64, "vectors": _KEPT[precision], "low": np.float32, "step": np.float32}
+    wanted = {name: dtype for name, (dtype, _) in describe_store(rows, dim, precision).items()}
     try:
         arrays, _ = map_arrays(path, wanted)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -24,7 +24,8 @@ with a code, is ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,12 +44,7 @@ from gsl_dist.index.mapped import map_arrays, write_arrays
 from gsl_dist.index.selection import Places, Selection
 from gsl_dist.index.shards import refuse_bad_ids
 
-try:
-    from gsl_dist.index.scan import compile_search
-
-    COMPILED = True
-except ImportError:
-    COMPILED = False
+COMPILED = importlib.util.find_spec("numba") is not None
 
 CELLS_SHARE = 4
 """A query ranks the regions of so many times as many cells as would hold the regions that it looks into."""
@@ -194,7 +190,7 @@ class LineLists:
         near_Qw = np.argpartition(reach_QC, cells - 1, axis=1)[:, :cells]
         parts_QMd = turned_QD.reshape(len(turned_QD), *tables.books_MKd.shape[::2])
         looked_QMK = np.einsum("qmd,mkd->qmk", parts_QMd, -2 * tables.books_MKd, optimize=True)
-        search = compile_search(*tables.books_MKd.shape[:2]) if COMPILED else _search_plainly
+        search = _compile_search(*tables.books_MKd.shape[:2]) if COMPILED else _search_plainly
         search(
             (dots_QC, reach_QC, near_Qw, np.ascontiguousarray(looked_QMK)),
             (tables.edges_CE, tables.feet_CE, tables.lengths_CE, tables.levels_L),
@@ -305,6 +301,13 @@ def open_lists(path: Path, codebook: Codebook) -> LineLists:
 
 def _find_centre(codebook: Codebook) -> FloatArray:
     return codebook.coarse.mean(0, dtype=np.float64).astype(np.float32)
+
+
+def _compile_search(sub_vectors: int, codewords: int) -> Callable[[Any, Any, Any, int, Any], None]:
+    # Here, since a compiler takes more memory than the rest of the disk floor: who builds shards needs none.
+    from gsl_dist.index.scan import compile_search
+
+    return compile_search(sub_vectors, codewords)
 
 
 def _search_plainly(queries: Any, lines: Any, rows: Any, probes: int, answers: Any) -> None:

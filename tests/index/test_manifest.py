@@ -216,3 +216,13 @@ def test_verify_names_each_damaged_file(index):
     names = {CODEBOOK: "checksum", "shard-00000.faiss": "checksum", "shard-00001.faiss": "no such file"}
     assert {Path(fault.path).name for fault in faults} == set(names) and len(faults) == 3
     assert all(names[Path(fault.path).name] in fault.reason for fault in faults)
+
+
+def test_a_manifest_from_before_there_were_ways_of_sharding_opens_as_it_is(index):
+    content = json.loads(place(index, MANIFEST).read_text())
+    for name in ("digest", "sharding", "dropped"):
+        del content[name]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    place(index, MANIFEST).write_text(json.dumps(content | {"digest": digest}))
+    manifest = open_version(index)
+    assert (manifest.sharding, manifest.dropped, manifest.rows) == ("id", 0, 60)

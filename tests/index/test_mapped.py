@@ -2,12 +2,13 @@
 
 import json
 import mmap
+import random
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gsl_dist.index.mapped import map_arrays, write_arrays
+from gsl_dist.index.mapped import ArrayFile, map_arrays, write_arrays
 
 ARRAYS = {
     "long": np.arange(7),
@@ -80,3 +81,14 @@ def test_a_header_that_claims_what_is_not_there_is_refused(path, change):
     path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
     with pytest.raises((ValueError, OverflowError)):
         map_arrays(path, WANTED)
+
+
+@pytest.mark.parametrize("marks", [{}, {"made": "here"}])
+def test_a_file_written_in_parts_ends_with_the_same_bytes(tmp_path, marks):
+    write_arrays(tmp_path / "whole", ARRAYS, marks)
+    parts = [(name, row, array[row : row + 2]) for name, array in ARRAYS.items() for row in range(0, len(array), 2)]
+    random.shuffle(parts)
+    with ArrayFile(tmp_path / "parts", {name: (a.dtype, a.shape) for name, a in ARRAYS.items()}, marks) as file:
+        for part in parts:
+            file.put(*part)
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
