@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from gsl_dist.hits import FAR
+
 
 @functools.cache
 def compile_search(sub_vectors: int, codewords: int) -> Callable[[Any, Any, Any, int, Any], None]:
@@ -68,6 +70,28 @@ def compile_search(sub_vectors: int, codewords: int) -> Callable[[Any, Any, Any,
             _sort_heap(nearest[0], nearest[1])
 
     return search
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def pick_cells(reach_QC: Any, cells: int) -> Any:
+    """Give the nearest cells of each query, in no order; of equally near ones those that come first.
+
+    Few are wanted of many: most are passed over by one comparison with the farthest of those kept.
+
+    Shapes: (Q, C) -> (Q, cells) int64.
+    """
+    near_Qw = np.empty((len(reach_QC), cells), np.int64)
+    kept = np.empty(cells, np.float32)
+    for query in range(len(reach_QC)):
+        reach_C, near_w = reach_QC[query], near_Qw[query]
+        kept[:] = np.inf
+        for cell in range(len(reach_C)):
+            # What has overflowed is as far as can be, and a cell all the same.
+            reach = reach_C[cell] if reach_C[cell] < FAR else FAR
+            if reach < kept[0]:
+                kept[0], near_w[0] = reach, cell
+                _sink(kept, near_w, cells)
+    return near_Qw
 
 
 @njit(nogil=True, cache=True, fastmath=True)  # type: ignore[untyped-decorator]

@@ -41,7 +41,7 @@ from gsl_dist.index.mapped import map_arrays, write_arrays
 from gsl_dist.index.shards import refuse_bad_ids
 
 try:
-    from gsl_dist.index.scan import compile_search
+    from gsl_dist.index.scan import compile_search, pick_cells
 
     COMPILED = True
 except ImportError:
@@ -167,9 +167,10 @@ class LineLists:
         dots_QC = turned_QD @ tables.coarse_CD.T
         # Without |q|^2, which changes no order; it is added at the end.
         reach_QC = tables.norms_C - 2 * dots_QC
-        near_Qw = np.argpartition(reach_QC, cells - 1, axis=1)[:, :cells]
-        parts_QMd = turned_QD.reshape(len(turned_QD), *tables.books_MKd.shape[::2])
-        looked_QMK = np.einsum("qmd,mkd->qmk", parts_QMd, -2 * tables.books_MKd, optimize=True)
+        near_Qw = pick_cells(reach_QC, cells) if COMPILED else np.argpartition(reach_QC, cells - 1)[:, :cells]
+        parts_MQd = turned_QD.reshape(len(turned_QD), *tables.books_MKd.shape[::2]).transpose(1, 0, 2)
+        # Products of matrices: einsum would look for the best order of its one product with every call.
+        looked_QMK = -2 * np.matmul(parts_MQd, tables.books_MKd.transpose(0, 2, 1)).transpose(1, 0, 2)
         search = compile_search(*tables.books_MKd.shape[:2]) if COMPILED else _search_plainly
         search(
             (dots_QC, reach_QC, near_Qw, np.ascontiguousarray(looked_QMK)),
