@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,13 @@ from gsl_dist.codebook import FloatArray, IdArray
 from gsl_dist.errors import ArtefactError
 from gsl_dist.hits import FAR, NO_ID
 from gsl_dist.index.mapped import map_arrays, write_arrays
+
+try:
+    from gsl_dist.index.exact import measure_rows
+
+    COMPILED = True
+except ImportError:
+    COMPILED = False
 
 Precision = Literal["float16", "int8"]
 
@@ -49,6 +57,11 @@ class VectorStore:
         """
         return self.kept_ND[rows_n].astype(np.float32) * self.step_D + self.low_D
 
+    @cached_property
+    def gapless(self) -> bool:
+        """Tell whether ids follow on one another, so that a place need not be searched for."""
+        return len(self.ids_N) > 0 and int(self.ids_N[-1]) - int(self.ids_N[0]) == len(self.ids_N) - 1
+
     def find(self, ids_n: IdArray) -> NDArray[np.int64]:
         """Give the place of each id, -1 where it is not here.
 
@@ -56,6 +69,9 @@ class VectorStore:
         """
         if len(self.ids_N) == 0:
             return np.full(len(ids_n), -1)
+        if self.gapless:
+            places_n = ids_n - self.ids_N[0]
+            return np.where((places_n >= 0) & (places_n < len(self.ids_N)), places_n, -1)
         places_n = np.minimum(np.searchsorted(self.ids_N, ids_n), len(self.ids_N) - 1)
         return np.where(self.ids_N[places_n] == ids_n, places_n, -1)
 
@@ -113,6 +129,10 @@ def measure_exactly(queries_QD: FloatArray, ids_Qn: IdArray, stores: Sequence[Ve
         ids_c, found_c = ids_Qn[start : start + rows], distances_Qn[start : start + rows]
         for store in stores:
             places_c = np.where(ids_c == NO_ID, -1, store.find(ids_c.ravel()).reshape(ids_c.shape))
+            if COMPILED:
+                kept = store.kept_ND, store.low_D, store.step_D
+                measure_rows(queries_QD[start : start + rows], places_c, kept, found_c)
+                continue
             queries_n, candidates_n = np.nonzero(places_c >= 0)
             away_nD = store.read(places_c[queries_n, candidates_n]) - queries_QD[start + queries_n]
             found_c[queries_n, candidates_n] = np.square(away_nD).sum(1)
