@@ -131,24 +131,22 @@ def _pick_first(scores: Any, regions: Any, found: int, probes: int) -> int:
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _sink(best: Any, ids: Any, size: int) -> None:
-    """Let the first of a heap sink to its place; the farthest comes first, of equal ones that of the highest id."""
-    place = 0
-    while True:
-        below = 2 * place + 1
-        if below >= size:
-            return
-        if below + 1 < size and _is_farther(best, ids, below + 1, below):
-            below += 1
-        if not _is_farther(best, ids, below, place):
-            return
-        best[place], best[below] = best[below], best[place]
-        ids[place], ids[below] = ids[below], ids[place]
-        place = below
+    """Let the first of a heap sink to its place; the farthest comes first, of equal ones that of the highest id.
 
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _is_farther(best: Any, ids: Any, one: int, other: int) -> bool:
-    return best[one] > best[other] or (best[one] == best[other] and ids[one] > ids[other])
+    Those that it passes rise by one place each and are written once; it is itself written where it comes to lie.
+    """
+    one, count = np.uint64(1), np.uint64(size)
+    distance, own = best[0], ids[0]
+    place, below = np.uint64(0), one
+    while below < count:
+        other = below + one
+        if other < count and (best[other] > best[below] or (best[other] == best[below] and ids[other] > ids[below])):
+            below = other
+        if best[below] < distance or (best[below] == distance and ids[below] <= own):
+            break
+        best[place], ids[place] = best[below], ids[below]
+        place, below = below, below + below + one
+    best[place], ids[place] = distance, own
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
