@@ -8,14 +8,12 @@ python benchmarks/draw_peers.py
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from claims import list_claims
+from curves import CODES, Curve, read_cost, read_curves, split_groups
 from record import RESULTS
 
 from gsl_dist.storage import Folder
@@ -24,7 +22,6 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
-FILES = RESULTS / "peers"
 SHOWN = {
     "photos": "SIFT descriptors of photographs",
     "sift100k": "SIFT descriptors of photographs, the small set",
@@ -32,30 +29,6 @@ SHOWN = {
     "cifar": "features of images by a pretrained network",
 }
 TARGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-CODES, VECTORS = "codes alone", "vectors kept as well"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What was measured of one contender: points by effort, each with recall, and times where these were taken."""
-
-    name: str
-    keeps: str
-    facts: dict[str, Any]
-    points: list[dict[str, Any]]
-
-    @property
-    def ours(self) -> bool:
-        """Tell whether it is of this project."""
-        return self.name.startswith("ours")
-
-    def edge(self, recall: str = "recall10", cost: str = "batch_us") -> list[tuple[float, float]]:
-        """Give the points that no other point of the curve beats, (cost, recall), both rising."""
-        found: list[tuple[float, float]] = []
-        for at, share in sorted((point[cost], point[recall]) for point in self.points if cost in point):
-            if not found or share > found[-1][1]:
-                found.append((at, share))
-        return found
 
 
 def main() -> None:
@@ -69,32 +42,8 @@ def main() -> None:
     lines += ["take turns. `kept` is what an index must hold for an item, its id apart.\n"]
     for data, curves in found.items():
         lines += draw_data(data, curves)
+    Folder(DOCS).write_bytes("index.md", ("\n".join(list_claims(found, RESULTS)) + "\n").encode())
     Folder(DOCS).write_bytes("peers.md", ("\n".join(lines) + "\n").encode())
-
-
-def read_curves(data: str) -> list[Curve]:
-    """Give the contenders of some data, of the first seed, with times where they were measured."""
-    path = FILES / f"{data}.jsonl"
-    if not path.exists():
-        return []
-    times_path = FILES / f"{data}-times.json"
-    times = json.loads(times_path.read_text()) if times_path.exists() else {"times": {}}
-    runs = {tuple(run["key"])[1:]: run for run in map(json.loads, path.read_text().splitlines())}
-    curves = []
-    for (name, seed), run in runs.items():
-        if seed == 0:
-            spent = {tuple(point["effort"]): point for point in times["times"].get(name, [])}
-            points = [point | least(spent.get(tuple(point["effort"]), {})) for point in run["points"]]
-            curves.append(Curve(name, run["keeps"], run | {"timed": times.get("commit")}, points))
-    return curves
-
-
-def least(spent: dict[str, Any]) -> dict[str, float]:
-    """Give the least of the rounds, and how far the median lies above it."""
-    found = {name: min(values) for name, values in spent.items() if name.endswith("_us") and values}
-    if "batch_us" in found:
-        found["noise"] = float(np.median(spent["batch_us"])) / found["batch_us"] - 1
-    return found
 
 
 def draw_data(data: str, curves: list[Curve]) -> list[str]:
@@ -114,14 +63,6 @@ def draw_data(data: str, curves: list[Curve]) -> list[str]:
             lines += table_targets(title, group)
     lines += table_facts(curves)
     return lines
-
-
-def split_groups(curves: list[Curve]) -> Iterable[tuple[str, list[Curve]]]:
-    """Tell those that keep codes alone from those that keep vectors as well."""
-    for title in (CODES, VECTORS):
-        group = [curve for curve in curves if (curve.keeps == "codes") == (title == CODES)]
-        if group:
-            yield title, sorted(group, key=lambda curve: (curve.facts["bytes_per_item"], curve.name))
 
 
 def table_targets(title: str, group: list[Curve]) -> list[str]:
@@ -156,22 +97,6 @@ def table_facts(curves: list[Curve]) -> list[str]:
             f" {facts['file_bytes'] / facts['rows']:.0f} B | {built} | {facts['peak_mb']:.0f} MB |"
         )
     return [*lines, ""]
-
-
-def read_cost(edge: list[tuple[float, float]], recall: float) -> float | None:
-    """Give the cost at which a curve reaches so much recall; None if it never does."""
-    if not edge or edge[-1][1] < recall:
-        return None
-    costs, shares = zip(*edge, strict=True)
-    return float(np.exp(np.interp(recall, shares, np.log(costs))))
-
-
-def read_recall(edge: list[tuple[float, float]], cost: float) -> float | None:
-    """Give the recall of a curve at a cost; None if it has no point as cheap."""
-    if not edge or edge[0][0] > cost:
-        return None
-    costs, shares = zip(*edge, strict=True)
-    return float(np.interp(np.log(cost), np.log(costs), shares))
 
 
 def draw_curves(title: str, group: list[Curve], name: str) -> None:

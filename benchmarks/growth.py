@@ -36,7 +36,8 @@ def main() -> None:
     taken: dict[str, dict[int, list[float]]] = {kind: {size: [] for size in wanted.sizes} for kind in KINDS}
     for _ in range(wanted.rounds + 1):
         for (kind, size), index in indexes.items():
-            probes = wanted.probes * (wanted.edges if kind == "vlq" else 1)
+            # Four times as many regions as cells of the other: as many codes are read.
+            probes = wanted.probes * (4 if kind == "vlq" else 1)
             taken[kind][size].append(time_queries(index, queries, probes))
     figures = {}
     for kind, by_size in taken.items():
@@ -51,7 +52,7 @@ def main() -> None:
 
 def make_grown(kind: str, size: int, wanted: argparse.Namespace) -> Lists:
     cells = count_cells(size)
-    # With lines, a cell is cut, so that a quarter as many serve.
+    # With lines a cell is cut, so that a quarter as many serve; with 16 lines each, regions are four times as many.
     shape = {"rows": size, "cells": cells // 4 if kind == "vlq" else cells}
     return make_index(kind, argparse.Namespace(**vars(wanted) | shape))
 

@@ -106,13 +106,18 @@ def list_ours(size: int, cells: int, dim: int) -> dict[str, Contender]:
     made = {
         f"ours opq {size}b {cells}": make_ours(product),
         f"ours opq {size}b {cells} ranked": make_ours(product, ranked="exact"),
-        f"ours opq {size}b {4 * cells} hnsw": make_ours(product | {"cells": 4 * cells}, coarse="hnsw"),
+        f"ours pq {size}b {4 * cells} hnsw": make_ours(
+            {"kind": "pq", "sub_vectors": size, "cells": 4 * cells}, coarse="hnsw"
+        ),
         f"ours vlq {size}b {cells // 2}x16": make_ours(lines),
         f"ours vlq {size}b {cells}x16": make_ours(lines | {"cells": cells}),
         f"ours vlq {size}b {cells // 2}x16 ranked": make_ours(lines, ranked="exact"),
         f"ours cq {size}b {cells} ranked": make_ours(sums | {"cells": cells, "residual": False}, ranked="tables"),
     }
-    for name in (f"ours opq {size}b {cells} ranked", f"ours vlq {size}b {cells // 2}x16 ranked"):
+    scan = f"ours 4 bit {size}b {cells}"
+    if dim % (2 * size) == 0:
+        made[scan] = make_ours(product | {"sub_vectors": 2 * size, "bits": 4})
+    for name in {f"ours opq {size}b {cells} ranked", f"ours vlq {size}b {cells // 2}x16 ranked", scan} & {*made}:
         made[f"{name} + int8"] = refine_ours(made[name], name, "int8", dim)
     return made
 
@@ -141,14 +146,15 @@ def build_one(data: str, name: str, seed: int) -> None:
     vectors = open_vectors(data)
     contender = list_contenders(data, vectors.dim)[name]
     folder, started = place_of(data, contender.shares or name, seed), time.perf_counter()
-    built_s = None
-    if not (folder / "built").exists():
+    built = folder / "built"
+    if not built.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         contender.build(vectors, seed, folder)
         waited = folder / "waited"
         built_s = time.perf_counter() - started + (float(waited.read_text()) if waited.exists() else 0)
-        (folder / "built").touch()
+        built.write_text(str(built_s))
+    built_s = float(built.read_text()) if built.read_text() and contender.shares is None else None
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     opened = contender.open(folder, vectors)
     points = [measure_point(opened, vectors, effort) for effort in contender.efforts]
