@@ -49,7 +49,7 @@ from autofaiss import build_index
 started = time.perf_counter()
 base = np.load(sys.argv[1])
 build_index(base, index_path=sys.argv[2], index_infos_path=sys.argv[2] + ".json", metric_type="l2", nb_cores=2,
-            index_key=f"IVF{sys.argv[3]},PQ{sys.argv[4]}x8np", max_index_memory_usage="8G",
+            index_key=f"IVF{sys.argv[3]},PQ{sys.argv[4]}x8np", index_param="nprobe=16", max_index_memory_usage="8G",
             current_memory_available="16G", verbose=30)
 print("all", time.perf_counter() - started)
 """

@@ -93,6 +93,9 @@ def list_faiss(size: int, cells: int, dim: int) -> dict[str, Contender]:
     if dim % (2 * size) == 0:
         scan = f"faiss fast-scan {size}b {cells}"
         made[scan] = make_faiss(f"IVF{cells},PQ{2 * size}x4fsr", size)
+        made[f"faiss opq fast-scan {size}b {cells}"] = make_faiss(
+            f"OPQ{2 * size}_{dim},IVF{cells},PQ{2 * size}x4fsr", size
+        )
         made[f"{scan} + int8"] = refine_faiss(made[scan], scan, "int8", size + dim)
         made[f"{scan} + raw"] = refine_faiss(made[scan], scan, "raw", size + 4 * dim)
     return made
@@ -114,7 +117,7 @@ def list_ours(size: int, cells: int, dim: int) -> dict[str, Contender]:
         f"ours vlq {size}b {cells // 2}x16 ranked": make_ours(lines, ranked="exact"),
         f"ours cq {size}b {cells} ranked": make_ours(sums | {"cells": cells, "residual": False}, ranked="tables"),
     }
-    scan = f"ours 4 bit {size}b {cells}"
+    scan = f"prototype 4 bit {size}b {cells}"
     if dim % (2 * size) == 0:
         made[scan] = make_ours(product | {"sub_vectors": 2 * size, "bits": 4})
     for name in {f"ours opq {size}b {cells} ranked", f"ours vlq {size}b {cells // 2}x16 ranked", scan} & {*made}:
