@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 FAISS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check fix bench experiments results clean
+.PHONY: help install demo test test-fast check fix bench peers experiments results clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -51,11 +51,21 @@ bench: install  ## measure the claims of the README, one after another
 	$(BIN)/python benchmarks/quantizers.py --seeds 1 --bytes 8
 	$(BIN)/python benchmarks/cells.py
 
+PEERS_DATA ?= sift100k photos
+peers: install  ## measure this project beside other systems on real vectors (hours; goes on where it stopped)
+	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),dev,peers]"
+	for data in $(PEERS_DATA); do for what in build time; do \
+	    OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers.py $$what $$data || exit 1; done; done
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scanning.py --books 16 --kinds pq "residual pq" vlq cq
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/ingest.py photos
+
 experiments: install  ## carry out the experiments whose data is prepared (hours; goes on where it stopped)
 	for settings in benchmarks/experiments/*.yaml; do $(BIN)/python benchmarks/experiment.py $$settings || true; done
 
 results: install  ## redraw docs/results from the runs that are there
 	$(BIN)/python benchmarks/draw_results.py
+	$(BIN)/python benchmarks/draw_peers.py
 
 clean:  ## remove what was built, the virtual environment apart
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

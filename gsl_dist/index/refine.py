@@ -11,8 +11,10 @@ The file is mapped: of a large store only the pages of candidates are ever read.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +26,8 @@ from gsl_dist.errors import ArtefactError
 from gsl_dist.hits import FAR, NO_ID
 from gsl_dist.index.mapped import map_arrays, write_arrays
 from gsl_dist.index.selection import find_sorted
+
+COMPILED = importlib.util.find_spec("numba") is not None
 
 Precision = Literal["float16", "int8"]
 
@@ -50,11 +54,19 @@ class VectorStore:
         """
         return self.kept_ND[rows_n].astype(np.float32) * self.step_D + self.low_D
 
+    @cached_property
+    def gapless(self) -> bool:
+        """Tell whether ids follow on one another, so that a place need not be searched for."""
+        return len(self.ids_N) > 0 and int(self.ids_N[-1]) - int(self.ids_N[0]) == len(self.ids_N) - 1
+
     def find(self, ids_n: IdArray) -> NDArray[np.int64]:
         """Give the place of each id, -1 where it is not here.
 
         Shapes: (n,) -> (n,).
         """
+        if self.gapless:
+            places_n = ids_n - self.ids_N[0]
+            return np.where((places_n >= 0) & (places_n < len(self.ids_N)), places_n, -1)
         return find_sorted(self.ids_N, ids_n)
 
     def write(self, path: Path) -> None:
@@ -143,8 +155,20 @@ def measure_exactly(
         ids_c, found_c = ids_Qn[start : start + rows], distances_Qn[start : start + rows]
         for store in stores:
             places_c = np.where(ids_c == NO_ID, -1, store.find(ids_c.ravel()).reshape(ids_c.shape))
+            if COMPILED:
+                _measure_compiled(queries_QD[start : start + rows], places_c, store, metric, found_c)
+                continue
             queries_n, candidates_n = np.nonzero(places_c >= 0)
             kept_nD, asked_nD = store.read(places_c[queries_n, candidates_n]), queries_QD[start + queries_n]
             measured_n = -(kept_nD * asked_nD).sum(1) if metric == "ip" else np.square(kept_nD - asked_nD).sum(1)
             found_c[queries_n, candidates_n] = measured_n
     return distances_Qn
+
+
+def _measure_compiled(
+    queries_QD: FloatArray, places_Qn: NDArray[np.int64], store: VectorStore, metric: str, found_Qn: FloatArray
+) -> None:
+    # Here, since a compiler takes more memory than the rest of the disk floor: who builds shards needs none.
+    from gsl_dist.index.exact import measure_rows
+
+    measure_rows(queries_QD, places_Qn, (store.kept_ND, store.low_D, store.step_D), found_Qn, metric == "ip")

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from gsl_dist.hits import FAR
+
 
 @functools.cache
 def compile_search(sub_vectors: int, codewords: int) -> Callable[[Any, Any, Any, int, Any], None]:
@@ -74,6 +76,28 @@ def compile_search(sub_vectors: int, codewords: int) -> Callable[[Any, Any, Any,
     return search
 
 
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def pick_cells(reach_QC: Any, cells: int) -> Any:
+    """Give the nearest cells of each query, in no order; of equally near ones those that come first.
+
+    Few are wanted of many: most are passed over by one comparison with the farthest of those kept.
+
+    Shapes: (Q, C) -> (Q, cells) int64.
+    """
+    near_Qw = np.empty((len(reach_QC), cells), np.int64)
+    kept = np.empty(cells, np.float32)
+    for query in range(len(reach_QC)):
+        reach_C, near_w = reach_QC[query], near_Qw[query]
+        kept[:] = np.inf
+        for cell in range(len(reach_C)):
+            # What has overflowed is as far as can be, and a cell all the same.
+            reach = reach_C[cell] if reach_C[cell] < FAR else FAR
+            if reach < kept[0]:
+                kept[0], near_w[0] = reach, cell
+                _sink(kept, near_w, cells)
+    return near_Qw
+
+
 @njit(nogil=True, cache=True, fastmath=True)  # type: ignore[untyped-decorator]
 def _rank_regions(reach_C: Any, near_w: Any, lines: Any, ranked: Any) -> None:
     """Write the regions of some cells, and how far off their rows lie, whether this shard holds any of them or not."""
@@ -108,24 +132,22 @@ def _pick_first(scores: Any, regions: Any, probes: int) -> int:
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _sink(best: Any, ids: Any, size: int) -> None:
-    """Let the first of a heap sink to its place; the farthest comes first, of equal ones that of the highest id."""
-    place = 0
-    while True:
-        below = 2 * place + 1
-        if below >= size:
-            return
-        if below + 1 < size and _is_farther(best, ids, below + 1, below):
-            below += 1
-        if not _is_farther(best, ids, below, place):
-            return
-        best[place], best[below] = best[below], best[place]
-        ids[place], ids[below] = ids[below], ids[place]
-        place = below
+    """Let the first of a heap sink to its place; the farthest comes first, of equal ones that of the highest id.
 
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _is_farther(best: Any, ids: Any, one: int, other: int) -> bool:
-    return best[one] > best[other] or (best[one] == best[other] and ids[one] > ids[other])
+    Those that it passes rise by one place each and are written once; it is itself written where it comes to lie.
+    """
+    one, count = np.uint64(1), np.uint64(size)
+    distance, own = best[0], ids[0]
+    place, below = np.uint64(0), one
+    while below < count:
+        other = below + one
+        if other < count and (best[other] > best[below] or (best[other] == best[below] and ids[other] > ids[below])):
+            below = other
+        if best[below] < distance or (best[below] == distance and ids[below] <= own):
+            break
+        best[place], ids[place] = best[below], ids[below]
+        place, below = below, below + below + one
+    best[place], ids[place] = distance, own
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -187,9 +187,10 @@ class LineLists:
         dots_QC = turned_QD @ tables.coarse_CD.T
         # Without |q|^2, which changes no order; it is added at the end.
         reach_QC = tables.norms_C - 2 * dots_QC
-        near_Qw = np.argpartition(reach_QC, cells - 1, axis=1)[:, :cells]
-        parts_QMd = turned_QD.reshape(len(turned_QD), *tables.books_MKd.shape[::2])
-        looked_QMK = np.einsum("qmd,mkd->qmk", parts_QMd, -2 * tables.books_MKd, optimize=True)
+        near_Qw = _pick_cells(reach_QC, cells) if COMPILED else np.argpartition(reach_QC, cells - 1)[:, :cells]
+        parts_MQd = turned_QD.reshape(len(turned_QD), *tables.books_MKd.shape[::2]).transpose(1, 0, 2)
+        # Products of matrices: einsum would look for the best order of its one product with every call.
+        looked_QMK = -2 * np.matmul(parts_MQd, tables.books_MKd.transpose(0, 2, 1)).transpose(1, 0, 2)
         search = _compile_search(*tables.books_MKd.shape[:2]) if COMPILED else _search_plainly
         search(
             (dots_QC, reach_QC, near_Qw, np.ascontiguousarray(looked_QMK)),
@@ -301,6 +302,12 @@ def open_lists(path: Path, codebook: Codebook) -> LineLists:
 
 def _find_centre(codebook: Codebook) -> FloatArray:
     return codebook.coarse.mean(0, dtype=np.float64).astype(np.float32)
+
+
+def _pick_cells(reach_QC: FloatArray, cells: int) -> IdArray:
+    from gsl_dist.index.scan import pick_cells
+
+    return pick_cells(reach_QC, cells)
 
 
 def _compile_search(sub_vectors: int, codewords: int) -> Callable[[Any, Any, Any, int, Any], None]:

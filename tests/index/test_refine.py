@@ -52,6 +52,27 @@ def test_a_dimension_without_spread_is_kept_exactly():
     np.testing.assert_array_equal(store.read(np.arange(5))[:, 3], np.float32(0.1))
 
 
+def test_ids_that_follow_on_one_another_have_their_places_too():
+    store = keep_vectors(np.arange(50, 450), make_vectors(), "int8")
+    assert store.gapless and not keep_vectors(IDS, make_vectors(), "int8").gapless
+    asked = np.array([-1, 0, 49, 50, 51, 449, 450, 1 << 40])
+    np.testing.assert_array_equal(store.find(asked), [-1, -1, -1, 0, 1, 399, -1, -1])
+
+
+@every_precision
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_the_compiled_measure_finds_what_numpy_finds(precision, metric, monkeypatch):
+    pytest.importorskip("gsl_dist.index.exact")
+    x, queries = make_vectors() * 5 + 3, make_queries(9)
+    stores = [keep_vectors(IDS[part::2], x[part::2], precision) for part in range(2)]
+    ids = np.random.default_rng(2).choice(np.append(IDS, [-1, 4321]), (9, 40))
+    found = measure_exactly(queries, ids, stores, metric)
+    monkeypatch.setattr("gsl_dist.index.refine.COMPILED", False)
+    plain = measure_exactly(queries, ids, stores, metric)
+    assert (found[np.isin(ids, [-1, 4321])] == FAR).all() and (plain < FAR).any()
+    np.testing.assert_allclose(found, plain, rtol=1e-4)
+
+
 @pytest.mark.parametrize("chunk", [50, 1 << 22])
 def test_exact_distances_equal_those_to_the_vectors_wherever_they_lie(chunk, monkeypatch):
     monkeypatch.setattr("gsl_dist.index.refine._CHUNK_FLOATS", chunk)

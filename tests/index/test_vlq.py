@@ -207,3 +207,15 @@ def test_bad_rows_are_refused(made):
             make_lists(codebook, *change, codes)
     with pytest.raises(DataError, match="regions are 0 to 143"):
         make_lists(codebook, ids, regions + 10_000, codes)
+
+
+def test_cells_are_picked_as_sorting_would(made):
+    scan = pytest.importorskip("gsl_dist.index.scan")
+    reach = np.random.default_rng(3).integers(50, size=(40, 90)).astype(np.float32)
+    reach[0, :80] = np.inf  # as after an overflow
+    reach[1] = np.nan
+    for cells in (1, 7, 90):
+        picked = scan.pick_cells(reach, cells)
+        assert all(len(set(near)) == cells and 0 <= min(near) <= max(near) < 90 for near in picked)
+        found, wanted = np.take_along_axis(reach, picked, 1), np.sort(reach, axis=1)[:, :cells]
+        np.testing.assert_array_equal(np.sort(found, axis=1)[2:], wanted[2:])
