@@ -1,9 +1,9 @@
 """How much memory making an index takes, from Parquet to shards: all our processes together, sampled as they work.
 
-Vectors are seeded clusters, written group by group. Each stage runs as `gsl` runs it, in a process of its own with two
-workers on a local Ray. Every 0.2 s the resident memory of the driver and of all workers is added up, idle ones
-included, Ray's own daemons apart: as it is (a page that processes share counts for each), and shared out (it counts
-once).
+Vectors are seeded clusters, written group by group. Each stage runs as `gsl` runs it, in a process of its own on a
+local Ray: one worker fits the codebook, which takes no more than a sample; two encode and two build. Every 0.2 s the
+resident memory of the driver and of all workers is added up, idle ones included, Ray's own daemons apart: as it is (a
+page that processes share counts for each), and shared out (it counts once).
 
 python benchmarks/memory.py [--rows 10000000] [--dim 32] [--memory-mb 128]
 """
@@ -85,7 +85,7 @@ def describe_stages(wanted: argparse.Namespace, corpus: Path) -> dict[str, dict[
     coded = {"corpus": columns, "codebook": places["codebook"], "shards": wanted.shards}
     built = {"codes": places["codes"], "codebook": places["codebook"], "index": places["index"]}
     return {
-        "codebook": fitted | {"output": places["codebook"]} | crew,
+        "codebook": fitted | {"output": places["codebook"]},
         "encode": coded | {"output": places["codes"], "keep_vectors": wanted.vectors is not None} | crew,
         "build": built | {"memory_mb": wanted.memory_mb, "vectors": wanted.vectors} | crew,
     }
