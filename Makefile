@@ -50,6 +50,7 @@ bench: install  ## measure the claims of the README, one after another
 	$(BIN)/python benchmarks/scanning.py
 	$(BIN)/python benchmarks/quantizers.py --seeds 1 --bytes 8
 	$(BIN)/python benchmarks/cells.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/costs.py
 
 PEERS_DATA ?= sift100k photos
 peers: install  ## measure this project beside other systems on real vectors (hours; goes on where it stopped)
@@ -66,6 +67,7 @@ experiments: install  ## carry out the experiments whose data is prepared (hours
 results: install  ## redraw docs/results from the runs that are there
 	$(BIN)/python benchmarks/draw_results.py
 	$(BIN)/python benchmarks/draw_peers.py
+	$(BIN)/python benchmarks/draw_plan.py
 
 clean:  ## remove what was built, the virtual environment apart
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

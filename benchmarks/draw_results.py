@@ -41,7 +41,11 @@ SHOWN = {
     "fallback_rate": "fallback rate",
     "usage": "code entropy, share of the most",
 }
-PEERS = {"index.md": "What indexes were to reach", "peers.md": "Beside other systems, on real vectors"}
+OTHERS = {
+    "index.md": "What indexes were to reach",
+    "peers.md": "Beside other systems, on real vectors",
+    "plan.md": "Plans for large corpora",
+}
 FAR = 0.05
 CAUTION = (
     "Mean and standard deviation over seeds; the split and its queries are the same for all. Strengths were tuned on "
@@ -63,7 +67,7 @@ def main() -> None:
     write(
         "README.md",
         "# Results\n\nRedrawn by `make results`; runs are in `benchmarks/results/`.\n\n"
-        + "".join(f"- [{title}]({name})\n" for name, title in PEERS.items() if (DOCS / name).exists())
+        + "".join(f"- [{title}]({name})\n" for name, title in OTHERS.items() if (DOCS / name).exists())
         + "".join(pages)
         + "- [What was tried](tried.md), written by hand\n",
     )

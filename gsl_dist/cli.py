@@ -160,6 +160,32 @@ def tune(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="rows, dim, code_bytes, machines ...")],
+    costs: Annotated[
+        str | None, typer.Option(help="a file of benchmarks/costs.py; by default that of the package")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Tell what an index will take before there is one: cells, shards, memory, disk, time to build and to ask.
+
+    Settings: rows, dim, code_bytes, recall, k, machines, cores, memory_gb, vectors (bytes kept of a dimension), cells.
+
+    Example: gsl plan rows=1e9 dim=128 code_bytes=16 recall=0.9 machines=10 cores=16 memory_gb=64
+    """
+    from gsl_dist.plan import load_costs, make_plan, read_task
+
+    known = load_costs(costs)
+    task = read_task(settings)
+    made = make_plan(task, known)
+    if as_json:
+        sys.stdout.write(json.dumps({"task": task.model_dump(), "plan": made.model_dump()}) + "\n")
+        return
+    show_figures("plan", made.model_dump())
+    console.print(f"by costs measured on {known.made_on}; recall is that of the lists looked into")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="where the report and all artefacts go")] = Path("build/demo"),
     seed: Annotated[int, typer.Option(min=0, help="seed of both trainings")] = 0,

@@ -14,7 +14,7 @@ FLOORS = {
     "maths": {"quantizers", "snap", "losses", "encoders", "fit", "sampling", "ranked"},
     "disk": {"data", "index", "evaluate"},
     "cluster": {"cluster"},
-    "doors": {"cli", "client", "measure", "report", "demo"},
+    "doors": {"cli", "client", "measure", "report", "demo", "plan"},
 }
 BELOW = {
     "ground": set(),
