@@ -148,7 +148,8 @@ class FaissLists:
         distances_Qk, ids_Qk = np.full((len(queries_QD), k), FAR, np.float32), np.full((len(queries_QD), k), NO_ID)
         order_n = np.argsort(chosen.places_n)
         starts = np.searchsorted(chosen.places_n[order_n], self.offsets)
-        _, cells_QP = self.index.quantizer.search(turn_queries(queries_QD, self.codebook), probes)
+        turned = turn_queries(queries_QD, self.codebook)
+        _, cells_QP = self.centroids.search(turned, probes, params=follow_graph(self.centroids, probes))
         for row, cells_P in enumerate(cells_QP):
             found_n = np.concatenate([order_n[starts[cell] : starts[cell + 1]] for cell in cells_P if cell >= 0])
             if len(found_n) == 0:
@@ -164,8 +165,10 @@ class FaissLists:
         """Give the cells (n,) and packed codes (n, code_bytes) of rows by their numbers in list order."""
         cells_n = np.searchsorted(self.offsets, places_n, side="right") - 1
         codes = np.empty((len(places_n), self.codebook.code_bytes), np.uint8)
-        for cell in np.unique(cells_n).tolist():
-            own_n = cells_n == cell
+        order_n = np.argsort(cells_n, kind="stable")
+        starts = np.flatnonzero(np.diff(cells_n[order_n], prepend=-1))
+        for own_n in np.split(order_n, starts[1:]) if len(starts) else ():
+            cell = int(cells_n[own_n[0]])
             codes[own_n] = read_codes(self.index, cell)[places_n[own_n] - self.offsets[cell]]
         return cells_n, codes
 
