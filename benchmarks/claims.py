@@ -25,7 +25,6 @@ def list_claims(found: dict[str, list[Curve]], results: Path) -> list[str]:
     lines += ["## 1. Our best curve is never below another's\n"]
     lines += ["How many times as long ours take for the recall@10 of each point of a rival's curve, holding no more"]
     lines += ["bytes an item than it does (batches of 100; below 1 is faster). `-` where ours do not get there."]
-    lines += ["What is called a prototype, codes of ours in lists that no replica makes yet, is not among ours.\n"]
     for data, curves in found.items():
         lines += [f"### {data}\n", *meet_rivals(curves)]
     lines += ["## 2. VLQ finds more than IVF-PQ at as many codes looked at, and in as much time\n"]
@@ -49,7 +48,7 @@ def meet_rivals(curves: list[Curve]) -> list[str]:
     lines = ["| rival | keeps | bytes an item | least | median | most | ours is never below |", "|---" * 7 + "|"]
     for _, group in split_groups(curves):
         for rival in group:
-            if rival.ours or rival.name.startswith("prototype") or not (edge := rival.edge()):
+            if rival.ours or not (edge := rival.edge()):
                 continue
             ratios = [find_ratio(curves, rival, *point) for point in edge]
             told = [ratio for ratio in ratios if ratio is not None]
@@ -129,7 +128,7 @@ def rank_codes(curves: list[Curve]) -> list[str]:
         return max(point[f"recall{k}"] for point in curve.points)
 
     group.sort(key=lambda curve: -most(curve, 10))
-    others = [curve for curve in group if not curve.ours and not curve.name.startswith("prototype")]
+    others = [curve for curve in group if not curve.ours]
     lines = []
     for size in sorted({curve.facts["bytes_per_item"] for curve in group if curve.ours and "ranked" in curve.name}):
         mine = max(

@@ -169,7 +169,8 @@ def make_ours(
         coder = open_quantizer(codebook)
         parts = [coder.encode(torch.from_numpy(part), codebook) for part in split_rows(vectors.base)]
         lists_N, codes_NM = (np.concatenate([pair[i].numpy() for pair in parts]) for i in (0, 1))
-        lists = make_lists(codebook, np.arange(len(vectors.base)), lists_N, codebook.pack(codes_NM), coarse)
+        layout: Literal["plain", "fastscan"] = "fastscan" if codebook.bits == 4 else "plain"
+        lists = make_lists(codebook, np.arange(len(vectors.base)), lists_N, codebook.pack(codes_NM), coarse, layout)
         codebook.save(Folder(folder), "codebook.safetensors")
         lists.write(folder / "lists")
 
@@ -217,12 +218,6 @@ def open_ours(folder: Path, _: Vectors) -> Opened:
 
     codebook = Codebook.load(Folder(folder), "codebook.safetensors")
     lists = join_lists([open_lists(folder / "lists", codebook)])
-    if codebook.bits == 4:
-        # What a replica does not do yet: the same codes, repacked by faiss to be scanned 32 at a time.
-        assert isinstance(lists, FaissLists)
-        packed = faiss.IndexIVFPQFastScan(lists.index)
-        packed.referenced_objects = [lists.index]
-        lists = FaissLists(packed, codebook)
 
     def scanned(queries: Array, effort: Effort) -> float:
         if isinstance(lists, FaissLists):

@@ -117,10 +117,15 @@ def list_ours(size: int, cells: int, dim: int) -> dict[str, Contender]:
         f"ours vlq {size}b {cells // 2}x16 ranked": make_ours(lines, ranked="exact"),
         f"ours cq {size}b {cells} ranked": make_ours(sums | {"cells": cells, "residual": False}, ranked="tables"),
     }
-    scan = f"prototype 4 bit {size}b {cells}"
-    if dim % (2 * size) == 0:
-        made[scan] = make_ours(product | {"sub_vectors": 2 * size, "bits": 4})
-    for name in {f"ours opq {size}b {cells} ranked", f"ours vlq {size}b {cells // 2}x16 ranked", scan} & {*made}:
+    refined = [f"ours opq {size}b {cells} ranked", f"ours vlq {size}b {cells // 2}x16 ranked"]
+    for kind, scanned in itertools.product(("pq", "opq"), (size, 2 * size)):
+        if dim % (2 * scanned):
+            continue
+        words = (product if kind == "opq" else {"kind": kind, "cells": cells}) | {"sub_vectors": 2 * scanned, "bits": 4}
+        made[f"ours {kind} fast-scan {scanned}b {cells}"] = make_ours(words)
+        made[f"ours {kind} fast-scan {scanned}b {cells} ranked"] = make_ours(words, ranked="exact")
+        refined.append(f"ours {kind} fast-scan {scanned}b {cells}")
+    for name in refined:
         made[f"{name} + int8"] = refine_ours(made[name], name, "int8", dim)
     return made
 

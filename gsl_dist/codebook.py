@@ -31,7 +31,7 @@ import json
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,16 @@ def read_scales(factors_NF: Any, dim: int) -> Any:
     Shapes: (N, 2) or (N, 5) float32 -> (N,).
     """
     return factors_NF[:, 1] * (2 / math.sqrt(dim)) if factors_NF.shape[1] == 2 else factors_NF[:, 4] / -2
+
+
+class Standing(NamedTuple):
+    """What codes stand for, and what is known of it in advance: squared lengths, or what is learned in their place.
+
+    Shapes: vectors_nD (n, D) float32; squares_n (n,) float32.
+    """
+
+    vectors_nD: FloatArray
+    squares_n: FloatArray
 
 
 @dataclass(frozen=True)
@@ -277,24 +287,29 @@ class Codebook:
         decoded = decoded + self._anchor(cells_N, codes_NM) if self.residual else decoded
         return decoded if self.rotation is None else decoded @ self.rotation
 
-    def measure(
-        self, queries_QD: FloatArray, lists_n: NDArray[np.integer], codes_nM: NDArray[np.integer]
-    ) -> FloatArray:
+    def stand_for(self, lists_n: NDArray[np.integer], codes_nM: NDArray[np.integer]) -> Standing:
+        """Give what codes stand for, ready to be measured.
+
+        Shapes: (n,), (n, choices) -> (n, D), (n,).
+        """
+        decoded_nD = self.decode(lists_n, codes_nM)
+        if self.bias is None:
+            return Standing(decoded_nD, np.square(decoded_nD).sum(1))
+        biases_nM = [bias[codes] for bias, codes in zip(self.bias, codes_nM.T, strict=True)]
+        return Standing(decoded_nD, -2 * np.sum(biases_nM, axis=0))
+
+    def measure(self, queries_QD: FloatArray, standing: Standing) -> FloatArray:
         """Give how far each query is from what each code stands for: what lists answer, without lists.
 
         Squared distances, or negative inner products where these are the metric.
 
-        Shapes: (Q, D), (n,), (n, choices) -> (Q, n) float32.
+        Shapes: (Q, D), n codes -> (Q, n) float32.
         """
-        decoded_nD = self.decode(lists_n, codes_nM)
-        dots_Qn = queries_QD @ decoded_nD.T
+        dots_Qn = queries_QD @ standing.vectors_nD.T
         if self.metric == "ip":
             return -dots_Qn
-        lengths_Q1 = np.square(queries_QD).sum(1, keepdims=True)
-        if self.bias is None:
-            return np.maximum(np.square(decoded_nD).sum(1) - 2 * dots_Qn + lengths_Q1, 0)
-        biases_n = np.sum([bias[codes] for bias, codes in zip(self.bias, codes_nM.T, strict=True)], axis=0)
-        return lengths_Q1 - 2 * (dots_Qn + biases_n)
+        distances_Qn = np.square(queries_QD).sum(1, keepdims=True) + standing.squares_n - 2 * dots_Qn
+        return np.maximum(distances_Qn, 0) if self.bias is None else distances_Qn
 
     def _anchor(self, lists_N: NDArray[np.integer], codes_NM: NDArray[np.integer]) -> FloatArray:
         """Give what residuals are residuals of: the centroid, or the point on the line."""

@@ -155,7 +155,8 @@ class FaissLists:
             if len(found_n) == 0:
                 continue
             lists_n, codes = self.take(chosen.places_n[found_n])
-            far_n = self.codebook.measure(queries_QD[row : row + 1], lists_n, self.codebook.unpack(codes))[0]
+            standing = self.codebook.stand_for(lists_n, self.codebook.unpack(codes))
+            far_n = self.codebook.measure(queries_QD[row : row + 1], standing)[0]
             nearest_k = np.argsort(far_n, kind="stable")[:k]
             distances_Qk[row, : len(nearest_k)] = far_n[nearest_k]
             ids_Qk[row, : len(nearest_k)] = chosen.ids_n[found_n[nearest_k]]

@@ -16,9 +16,9 @@ from typing import Any
 
 import faiss
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from gsl_dist.codebook import Codebook, FloatArray, IdArray
+from gsl_dist.codebook import Codebook, FloatArray, IdArray, Standing
 from gsl_dist.errors import QueryError
 from gsl_dist.filters import parse_where
 from gsl_dist.hits import FAR, NO_ID, Effort, Hits, merge_topk, show_distances
@@ -231,12 +231,11 @@ class LocalSearcher:
     def _measure_chosen(self, queries: FloatArray, wanted: int, chosen: Selection) -> tuple[FloatArray, IdArray]:
         distances = np.full((len(queries), wanted), FAR, np.float32)
         ids = np.full((len(queries), wanted), NO_ID, np.int64)
-        lists_n, codes = self.lists.take(chosen.places_n)
-        words_nM, count = self.codebook.unpack(codes), min(wanted, len(chosen))
+        count = min(wanted, len(chosen))
         rows = max(1, _CHUNK_FLOATS // max(1, len(chosen)))
         for start in range(0, len(queries), rows) if count else ():
             some = slice(start, start + rows)
-            found_Qn = self.codebook.measure(queries[some], lists_n, words_nM)
+            found_Qn = self.codebook.measure(queries[some], chosen.standing)
             nearest_Qk = np.argpartition(found_Qn, count - 1, axis=1)[:, :count]
             distances[some, :count] = np.take_along_axis(found_Qn, nearest_Qk, axis=1)
             ids[some, :count] = chosen.ids_n[nearest_Qk]
@@ -276,7 +275,12 @@ def open_searcher(
     folder = version_folder(index, manifest.version)
     whole = join_lists([_open_shard(folder, entry, codebook) for entry in entries])
     stores = tuple(_open_vectors(folder, entry, manifest) for entry in entries if manifest.vectors)
-    payload = Payload(folder, [entry.payload for entry in entries if entry.payload], lambda: whole.places)
+
+    def stand(places_n: NDArray[np.int64]) -> Standing:
+        lists_n, codes = whole.take(places_n)
+        return codebook.stand_for(lists_n, codebook.unpack(codes))
+
+    payload = Payload(folder, [entry.payload for entry in entries if entry.payload], lambda: whole.places, stand)
     return LocalSearcher(manifest, codebook, whole, tuple(entry.name for entry in entries), payload, stores)
 
 

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from gsl_dist.codebook import CodeArray, IdArray
+from gsl_dist.codebook import CodeArray, IdArray, Standing
 from gsl_dist.errors import QueryError
 from gsl_dist.filters import Clause, Condition, list_columns, parse_where
 from gsl_dist.storage import FileEntry, Folder
@@ -76,11 +76,13 @@ class Selection:
         ids_n: their ids, ascending.
         places_n: their numbers in list order.
         rows: all rows held here.
+        stand: gives what the codes of rows stand for.
     """
 
     ids_n: IdArray
     places_n: NDArray[np.int64]
     rows: int
+    stand: Callable[[NDArray[np.int64]], Standing] | None = None
 
     def __len__(self) -> int:
         return len(self.ids_n)
@@ -94,6 +96,12 @@ class Selection:
         bits = np.zeros(last // 8 + 1, np.uint8)
         np.bitwise_or.at(bits, self.ids_n // 8, (1 << (self.ids_n % 8)).astype(np.uint8))
         return faiss.IDSelectorBitmap(bits)
+
+    @cached_property
+    def standing(self) -> Standing:
+        """Give what their codes stand for; it is kept, so it is for few rows."""
+        assert self.stand, "made without"
+        return self.stand(self.places_n)
 
     @cached_property
     def mask(self) -> CodeArray:
@@ -110,10 +118,17 @@ class Payload:
         folder: the folder of the version.
         entries: the payload files, none where the version has no payload.
         places: where each row is.
+        stand: what the codes of rows stand for.
     """
 
-    def __init__(self, folder: Folder, entries: Sequence[FileEntry], places: Callable[[], Places]) -> None:
-        self._folder, self._entries, self._places = folder, tuple(entries), places
+    def __init__(
+        self,
+        folder: Folder,
+        entries: Sequence[FileEntry],
+        places: Callable[[], Places],
+        stand: Callable[[NDArray[np.int64]], Standing],
+    ) -> None:
+        self._folder, self._entries, self._places, self._stand = folder, tuple(entries), places, stand
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._kept: OrderedDict[str, Selection] = OrderedDict()
         self._lock = threading.Lock()
@@ -152,7 +167,7 @@ class Payload:
         table = pa.table({name: self._read(name) for name in {"id", *names}})
         ids_n = np.sort(table.filter(expression)["id"].to_numpy())
         places = self._places()
-        return Selection(ids_n, places.places_N[find_sorted(places.ids_N, ids_n)], len(places.ids_N))
+        return Selection(ids_n, places.places_N[find_sorted(places.ids_N, ids_n)], len(places.ids_N), self._stand)
 
     def _read(self, name: str) -> pa.ChunkedArray:
         if name not in self._columns and not self._entries:

@@ -115,7 +115,8 @@ def open_world(folder, kind, *, vectors=None, metric="l2"):
 def rank_by_hand(searcher, queries, where, k):
     """The nearest of the rows that a filter lets through, every one of them measured."""
     ids, lists, codes = searcher.lists.read()
-    far = searcher.codebook.measure(queries, lists, searcher.codebook.unpack(codes))
+    standing = searcher.codebook.stand_for(lists, searcher.codebook.unpack(codes))
+    far = searcher.codebook.measure(queries, standing)
     far[:, [let_through(where, row) is not True for row in ids]] = np.inf
     order = np.lexsort((np.broadcast_to(ids, far.shape), far), axis=1)[:, :k]
     distances = np.take_along_axis(far, order, axis=1)
