@@ -155,15 +155,19 @@ def find_neighbours(x_ND: Tensor, k: int, *, queries_QD: Tensor | None = None) -
     Shapes: x_ND (N, D), queries (Q, D) -> (Q, k) int64, or (N, k) where no queries are given.
     """
     asked_QD = x_ND if queries_QD is None else queries_QD
-    half_N = x_ND.square().sum(1) / 2
-    found = []
-    for start in range(0, len(asked_QD), rows := max(1, _CHUNK_FLOATS // len(x_ND))):
-        scores_BN = asked_QD[start : start + rows] @ x_ND.T - half_N
+    half_N, rows = x_ND.square().sum(1) / 2, max(1, _CHUNK_FLOATS // len(x_ND))
+    found_Qk = torch.empty(len(asked_QD), k, dtype=torch.long, device=x_ND.device)
+    # Both are made once. Held as they come, small results would lie between large scores that come and go, in places
+    # where the next scores no longer fit: the heap would grow by all scores that there ever were.
+    room_RN = x_ND.new_empty(min(rows, len(asked_QD)), len(x_ND))
+    for start in range(0, len(asked_QD), rows):
+        some_BD = asked_QD[start : start + rows]
+        scores_BN = torch.mm(some_BD, x_ND.T, out=room_RN[: len(some_BD)]).sub_(half_N)
         if queries_QD is None:
             own = torch.arange(len(scores_BN))
             scores_BN[own, start + own] = -torch.inf
-        found.append(scores_BN.topk(k, dim=1).indices)
-    return torch.cat(found)
+        found_Qk[start : start + rows] = scores_BN.topk(k, dim=1).indices
+    return found_Qk
 
 
 def mine_neighbours(x_ND: Tensor, config: RankedConfig) -> Mined:
@@ -262,9 +266,12 @@ def find_coded(x_ND: Tensor, queries_QD: Tensor, codebook: Codebook, k: int) -> 
     """
     quantizer = open_quantizer(codebook)
     cells_N, codes_NM = quantizer.encode(x_ND, codebook)
-    parts = queries_QD.split(max(1, _CHUNK_FLOATS // len(x_ND)))
-    found = [quantizer.measure_distances(part, cells_N, codes_NM, codebook).topk(k, largest=False) for part in parts]
-    return torch.cat([nearest.indices for nearest in found])
+    found_Qk = torch.empty(len(queries_QD), k, dtype=torch.long, device=x_ND.device)
+    rows = max(1, _CHUNK_FLOATS // len(x_ND))
+    for start in range(0, len(queries_QD), rows):
+        far_BN = quantizer.measure_distances(queries_QD[start : start + rows], cells_N, codes_NM, codebook)
+        found_Qk[start : start + rows] = far_BN.topk(k, largest=False).indices
+    return found_Qk
 
 
 def draw_batch(near_Nk: Tensor, size: int, rng: np.random.Generator) -> Tensor:
