@@ -24,7 +24,7 @@ def list_claims(found: dict[str, list[Curve]], results: Path) -> list[str]:
     lines += ["Worked out from the runs by `make results`; curves and tables are on [the page of peers](peers.md).\n"]
     lines += ["## 1. Our best curve is never below another's\n"]
     lines += ["How many times as long ours take for the recall@10 of each point of a rival's curve, holding no more"]
-    lines += ["bytes an item than it does (batches of 100; below 1 is faster). `-` where ours do not get there."]
+    lines += ["bytes an item than it does (batches of 100; below 1 is faster). `-` where ours do not get there.\n"]
     for data, curves in found.items():
         lines += [f"### {data}\n", *meet_rivals(curves)]
     lines += ["## 2. VLQ finds more than IVF-PQ at as many codes looked at, and in as much time\n"]
