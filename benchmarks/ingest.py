@@ -77,7 +77,8 @@ def main() -> None:
             for part, seconds in run().items():
                 spent[name].setdefault(part, []).append(seconds)
             print(number, name, {part: round(values[-1], 1) for part, values in spent[name].items()}, flush=True)
-        setting = {key: str(value) for key, value in vars(wanted).items()} | {"rows": len(vectors)}
+        asked = {key: getattr(wanted, key) for key in ("data", "cells", "bytes", "rounds")}
+        setting = asked | {"rows": len(vectors)}
         times = {name: {part: spread(values) for part, values in parts.items()} for name, parts in spent.items()}
         write_result(f"ingest-{wanted.data}", {"setting": setting, "rounds": number + 1, "seconds": times})
 

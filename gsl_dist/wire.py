@@ -54,7 +54,7 @@ def pack_query(queries: NDArray[np.float32], effort: Effort, probed: Lists | Non
     asked = [0 if value is None else _count(name, value) for name, value in counted]
     where = b"" if effort.where is None else _write_where(effort.where)
     lists, distances = probed if probed is not None else (np.empty((0, 0)), np.empty((0, 0)))
-    counts = len(queries), queries.shape[1], *asked, lists.shape[1], len(where), _check_share(effort.recall)
+    counts = len(queries), queries.shape[1], *asked, lists.shape[1], len(where), check_share(effort.recall)
     parts = [(queries, "<f4"), (lists, "<i4"), (distances, "<f4")]
     arrays = [np.ascontiguousarray(array, kind).tobytes() for array, kind in parts]
     return b"".join((_QUERY_HEAD.pack(b"GSLQ", FORMAT, *counts), *arrays, where))
@@ -122,7 +122,12 @@ def _read_where(body: bytes) -> Any:
         raise QueryError("where", "the filter of the body", f"it must be JSON ({error})") from None
 
 
-def _check_share(recall: Any) -> float:
+def check_share(recall: Any) -> float:
+    """Give the recall that is asked for; 0 if none is.
+
+    Raises:
+        QueryError: it is no share of what there is.
+    """
     if recall is None:
         return 0.0
     if isinstance(recall, bool) or not isinstance(recall, (int, float)) or not 0 < recall <= 1:

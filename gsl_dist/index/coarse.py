@@ -39,7 +39,7 @@ def open_coarse(index: Folder, manifest: Manifest) -> CoarseStep | None:
     Raises:
         ArtefactError: the codebook is altered.
     """
-    if manifest.edge_count > 1 or manifest.kind == "vlq":
+    if manifest.kind == "vlq":
         return None
     return CoarseStep(open_codebook(index, manifest), manifest.coarse_search)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from gsl_dist.artefact import CODEBOOK as CODEBOOK
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict
 from gsl_dist.errors import ArtefactError, BadInput
@@ -26,7 +27,7 @@ from gsl_dist.index.refine import Precision
 from gsl_dist.index.shards import CoarseSearch, CodeLayout
 from gsl_dist.storage import FileEntry, Folder
 
-MANIFEST, POINTER, CODEBOOK = "manifest.json", "CURRENT.json", "codebook.safetensors"
+MANIFEST, POINTER = "manifest.json", "CURRENT.json"
 VERSION_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 

@@ -28,6 +28,7 @@ from gsl_dist.index.manifest import Manifest, ShardEntry, open_codebook, open_ve
 from gsl_dist.index.refine import VectorStore, measure_exactly, open_vectors
 from gsl_dist.index.selection import Payload, Selection
 from gsl_dist.storage import Folder
+from gsl_dist.wire import check_share
 
 MAX_K = 16_384
 DEFAULT_PROBES, DEFAULT_REFINE = 16, 4
@@ -99,9 +100,7 @@ def check_effort(effort: Effort, version: Manifest) -> Effort:
 
 def _reach_recall(effort: Effort, k: int, version: Manifest) -> Effort:
     """Give the effort of the fastest point that reaches a recall, of those measured for the next larger k."""
-    wanted = effort.recall
-    if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not 0 < wanted <= 1:
-        raise QueryError("recall", wanted, "it must be a share above 0 and up to 1")
+    wanted = check_share(effort.recall)
     if effort.probes is not None or effort.refine is not None:
         raise QueryError("recall", wanted, "it stands for probes and refine: give it without them")
     if not version.points:

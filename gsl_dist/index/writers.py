@@ -11,6 +11,7 @@ are held until they are whole.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -84,9 +85,7 @@ class FaissWriter:
 
         Shapes: (N,) ascending, (N,), (N, code_bytes).
         """
-        starts = np.flatnonzero(np.r_[True, lists_N[1:] != lists_N[:-1]][: len(lists_N)])
-        stops = np.r_[starts, len(lists_N)][1:]
-        for number, start, stop in zip(lists_N[starts].tolist(), starts.tolist(), stops.tolist(), strict=True):
+        for number, start, stop in _find_runs(lists_N):
             self._put_list(number, self._row + start, ids_N[start:stop], codes[start:stop])
         self._row += len(lists_N)
 
@@ -180,11 +179,10 @@ class BlockWriter:
 
         Shapes: (N,) ascending, (N,), (N, code_bytes).
         """
-        starts = np.flatnonzero(np.r_[True, lists_N[1:] != lists_N[:-1]][: len(lists_N)])
         blocks = open_blocks(self._index)
         assert blocks, "made as blocks"
-        for start, stop in zip(starts.tolist(), np.r_[starts, len(lists_N)][1:].tolist(), strict=True):
-            append_rows(blocks, int(lists_N[start]), ids_N[start:stop], codes[start:stop])
+        for number, start, stop in _find_runs(lists_N):
+            append_rows(blocks, number, ids_N[start:stop], codes[start:stop])
         self._index.ntotal += len(ids_N)
 
 
@@ -201,6 +199,13 @@ def open_writer(
     if code_layout == "fastscan":
         return BlockWriter(path, codebook, coarse_search)
     return FaissWriter(path, codebook, sizes_R, coarse_search)
+
+
+def _find_runs(lists_N: IdArray) -> Iterator[tuple[int, int, int]]:
+    """Yield each list of ascending ones, the first row that lies in it and the row behind its last."""
+    starts = np.flatnonzero(np.r_[True, lists_N[1:] != lists_N[:-1]][: len(lists_N)])
+    stops = np.r_[starts, len(lists_N)][1:]
+    yield from zip(lists_N[starts].tolist(), starts.tolist(), stops.tolist(), strict=True)
 
 
 def _describe_lists(sizes_R: IdArray, code_bytes: int) -> bytes:
