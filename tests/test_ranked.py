@@ -228,11 +228,11 @@ def test_a_row_of_zeros_does_no_harm_to_look_ups(images):
     x, queries = images
     x = x.clone()
     x[7] = 0
-    config = QUICK.model_copy(update={"scores": "tables", "learning_rate": None, "temperature": 0.1})
+    config = QUICK.model_copy(update={"scores": "tables"})
     truth = find_neighbours(x, 10, queries_QD=queries)
     start, mined = start_codebook("pq", x), mine_neighbours(x, config)
     learned = learn_ranked(mined, start, config, seed=0)
-    assert measure_recall(x, queries, truth, learned) > measure_recall(x, queries, truth, start) + 0.01
+    assert measure_recall(x, queries, truth, learned) > measure_recall(x, queries, truth, start) + 0.02
 
 
 def test_too_few_rows_to_mine_are_refused():

@@ -26,7 +26,7 @@ from gsl_dist.quantizers.lines import find_points, place_rows
 class LloydConfig(Strict):
     """How a codebook is fitted."""
 
-    iterations: int = Field(default=20, ge=1, description="Lloyd's iterations for each part of a new codebook")
+    iterations: int = Field(default=10, ge=1, description="Lloyd's iterations for each part of a new codebook")
     refresh_iterations: int = Field(default=5, ge=1, description="the same, when it starts from an older codebook")
     sample_rows: int = Field(
         default=262_144, ge=1, description="rows of the corpus that take part, at most; give 30 or more for each cell"

@@ -6,7 +6,7 @@ sample, never the rows. The same generator runs in this process (`train_codebook
 epochs of a training, and over a whole corpus: who carries the messages is not known here.
 
 In each iteration the codebook goes to every worker and statistics come back: 8 bytes for each number of the codewords,
-and in the phase of the cells `measure_cells` says how much. The sample has 32 rows for each centroid, and two where
+and in the phase of the cells `measure_cells` says how much. The sample has 16 rows for each centroid, and two where
 there are many. With mini-batches a part of the rows answers for the cells in each iteration, another one every time,
 until all have had their turn; a row's number says which part it belongs to, so that it does not matter who holds it.
 """
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gsl_dist.codebook import Codebook, FloatArray, IdArray
@@ -28,8 +29,8 @@ from gsl_dist.errors import DataError
 from gsl_dist.quantizers.base import LloydConfig, Quantizer
 from gsl_dist.quantizers.kmeans import MANY, Stats, add_stats, revive_dead
 
-_SEEDS_PER_CENTROID, _SEEDS_OF_MANY, _MIN_SEEDS, _MOST_CODEWORDS = 32, 2, 4096, 256
-_SUM_ROWS, _SHAKE = 1 << 16, 0.3
+_SEEDS_PER_CENTROID, _SEEDS_OF_MANY, _MIN_SEEDS, _MOST_CODEWORDS = 16, 2, 8192, 256
+_SUM_ROWS, _SHAKE, _STRIDE = 1 << 16, 0.3, 1.8
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,36 @@ def coordinate(quantizer: Quantizer, lloyd: LloydConfig, *, seed: int, start: Co
             answers = yield Ask("stats", codebook, phase, lloyd, Turn(number, iterations, error))
             stats = running.add(add_stats(answers))
             error = stats.mean_error / variance
-            codebook = quantizer.update(codebook, phase, stats)
+            updated = quantizer.update(codebook, phase, stats)
+            hastens = start is None and number + 1 < iterations and count_batches(lloyd, phase) == 1
+            codebook = go_further(codebook, updated, phase, stats) if hastens else updated
             if phase == "anneal":
                 codebook = shake_books(codebook, 1 - (number + 1) / iterations, rng)
     answers = yield Ask("stats", codebook, phase, lloyd)
     return Trained(codebook, add_stats(answers).mean_error / variance)
+
+
+def go_further(before: Codebook, after: Codebook, phase: str, stats: Stats) -> Codebook:
+    """Take the centroids of a Lloyd's iteration further the same way, those that won rows; leave other phases alone.
+
+    With the rows where they are, the error grows with the squared distance to their mean: short of twice as far it is
+    lower than it was, so that an iteration never raises it, as one of Lloyd's does not. It takes about half as many
+    iterations (docs/results/tried.md).
+    """
+    won_GK1 = stats.counts_GK[..., None] > 0
+    if phase == "cells":
+        return replace(after, coarse=_stride(before.coarse, after.coarse, won_GK1[0]))
+    if phase == "books":
+        return replace(after, books=_stride(before.books, after.books, won_GK1))
+    if phase.startswith("book "):
+        books, book = after.books.copy(), int(phase.split()[1])
+        books[book] = _stride(before.books[book], after.books[book], won_GK1[0])
+        return replace(after, books=books)
+    return after
+
+
+def _stride(before: FloatArray, after: FloatArray, won: NDArray[np.bool_]) -> FloatArray:
+    return np.where(won, before + np.float32(_STRIDE) * (after - before), after)
 
 
 class Running:
@@ -205,9 +231,9 @@ def train_codebook(
 
 
 def _count_seeds(centroids: int, phase: str) -> int:
-    if centroids <= MANY:
-        return max(_MIN_SEEDS, _SEEDS_PER_CENTROID * centroids)
-    return _SEEDS_OF_MANY * centroids if phase == "cells" else _SEEDS_PER_CENTROID * _MOST_CODEWORDS
+    if phase != "cells":
+        centroids = min(centroids, _MOST_CODEWORDS)
+    return max(_MIN_SEEDS, (_SEEDS_PER_CENTROID if centroids <= MANY else _SEEDS_OF_MANY) * centroids)
 
 
 def _take_sample(rows: Rows, count: int) -> FloatArray:

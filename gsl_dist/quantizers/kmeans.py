@@ -6,7 +6,7 @@ coordinator adds and updates; it never sees a row. G independent groups of centr
 group for coarse cells, one a sub-vector for product codes.
 
 Up to `MANY` centroids are handled the plain way. Of more, only those travel that won rows (`Touched`), and they begin
-as rows drawn at random: k-means++ looks at the whole sample once for every centroid.
+as rows drawn at random: k-means++ compares the whole sample with every centroid.
 """
 
 # Shapes: N rows, G groups, K centroids in each, d dims in each, T centroids that won rows, F full and R dead ones
@@ -33,6 +33,7 @@ _SPLIT = 1 / 1024
 # As many distances as fit the cache, and of a block of centroids, so that they are of many rows: twice as fast or more.
 _CHUNK_FLOATS, _CHUNK_WORDS = 1 << 20, 1 << 12
 _SUM_ROWS = 1 << 16
+_SEED_ROWS, _ROUNDING = 64, 4e-6
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,8 @@ def revive_dead(stats: Stats) -> Stats:
 def seed_centroids(sample_GNd: FloatArray, words: int, rng: np.random.Generator) -> FloatArray:
     """Choose starting centroids among sample rows, in every group.
 
-    Up to `MANY` lie far from one another (k-means++); a sample with fewer distinct rows than centroids gives some of
-    them twice, and the update then splits them. More are distinct rows drawn at random.
+    Up to `MANY` lie far from one another (k-means++, many at a time); a sample with fewer distinct rows than centroids
+    gives some of them twice, and the update then splits them. More are distinct rows drawn at random.
 
     Shapes: sample_GNd (G, N, d) -> (G, words, d) float32.
     Raises:
@@ -252,11 +253,27 @@ def _hash_rows(x_Nd: FloatArray) -> IdArray:
 
 
 def _seed_group(sample_Nd: FloatArray, words: int, rng: np.random.Generator) -> FloatArray:
-    chosen = [int(rng.integers(len(sample_Nd)))]
-    reach = ((sample_Nd - sample_Nd[chosen[0]]) ** 2).sum(1, dtype=np.float64)
-    while len(chosen) < words:
-        total = reach.sum()
-        chance = reach / total if total > 0 else None
-        chosen.append(int(rng.choice(len(sample_Nd), p=chance)))
-        np.minimum(reach, ((sample_Nd - sample_Nd[chosen[-1]]) ** 2).sum(1, dtype=np.float64), out=reach)
-    return sample_Nd[chosen]
+    """Choose rows, an eighth as many as there are at a time: far from all before, though not from each other."""
+    centred_Nd = sample_Nd - sample_Nd.mean(axis=0)
+    norms_N = (centred_Nd**2).sum(1)
+    chosen, new = list[int](), [int(rng.integers(len(sample_Nd)))]
+    reach_N = np.full(len(sample_Nd), np.inf)
+    while True:
+        chosen += new
+        if len(chosen) == words:
+            return sample_Nd[chosen]
+        apart_NB = norms_N[:, None] + (norms_N[new] - 2 * (centred_Nd @ centred_Nd[new].T))
+        # Nearer than rounding errors are, rows count as equal.
+        apart_NB[apart_NB <= _ROUNDING * (norms_N[:, None] + norms_N[new])] = 0
+        np.minimum(reach_N, apart_NB.min(axis=1), out=reach_N)
+        new = _draw_far(reach_N, min(words - len(chosen), 1 + len(chosen) // 8, _SEED_ROWS), rng)
+
+
+def _draw_far(reach_N: NDArray[np.float64], count: int, rng: np.random.Generator) -> list[int]:
+    """Draw up to `count` rows, with a chance as large as their reach, at equal steps: none twice but the farthest."""
+    heap_N = np.cumsum(reach_N)
+    if heap_N[-1] <= 0:
+        return [int(row) for row in rng.integers(len(reach_N), size=count)]
+    steps = (np.arange(count) + rng.random()) / count * heap_N[-1]
+    rows = np.unique(np.searchsorted(heap_N, steps, side="right"))
+    return [int(row) for row in rows if row < len(reach_N)]

@@ -1,6 +1,8 @@
 """One coordinator over any number of workers trains the codebook that one process trains."""
 
 import importlib
+import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from gsl_dist.quantizers import (
     make_quantizer,
     train_codebook,
 )
-from gsl_dist.quantizers.coordinate import shake_books
+from gsl_dist.quantizers.coordinate import go_further, shake_books
+from gsl_dist.quantizers.kmeans import Stats
 
 SHAPES = [(1, False), (6, True), (6, False)]
 every_shape = pytest.mark.parametrize(("cells", "residual"), SHAPES, ids=["flat", "residual", "cells"])
@@ -125,7 +128,7 @@ def test_the_sample_is_bounded_and_the_same_however_rows_are_divided():
         np.concatenate([answer(ask, rows, quantizer) for rows in share_rows(x, bounds)])
         for bounds in ([0, 20_000], [0, 7, 12_345, 20_000])
     ]
-    assert np.array_equal(*samples) and len(samples[0]) == 4096
+    assert np.array_equal(*samples) and len(samples[0]) == 8192
     assert samples[0][[0, -1], 0].tolist() == [0, 19_999]
 
 
@@ -261,3 +264,53 @@ def test_books_are_shaken_in_annealing_alone_less_and_less_to_nothing(kind, refi
     monkeypatch.setattr(module, "shake_books", lambda codebook, left, rng: shares.append(left) or codebook)
     train_codebook(x, quantizer, LLOYD, start=start)
     assert shares == ([1 - turn / 8 for turn in range(1, 9)] if kind == "lsq" and not refine else [])
+
+
+def record_errors(x, iterations, stride, monkeypatch, quantizer):
+    """Give the errors before each iteration of the codewords, and the last."""
+    monkeypatch.setattr(module, "_STRIDE", stride)
+    trained, asked = drive(quantizer, share_rows(x, [0, len(x)]), LloydConfig(iterations=iterations))
+    turns = [ask.turn.error for ask in asked if ask.turn and ask.phase in ("books", "cells") and ask.turn.number]
+    return [*turns, trained.relative_error]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_going_further_never_raises_the_error(seed, monkeypatch):
+    # Continuous rows, so many that no codeword dies.
+    x = torch.tensor(np.random.default_rng(seed).normal(size=(4000, 4)), dtype=torch.float32)
+    quantizer = make_quantizer(ProductConfig(sub_vectors=1, bits=4), 4)
+    errors = record_errors(x, 30, 1.9, monkeypatch, quantizer)
+    assert len(errors) == 30 and all(after <= before + 1e-6 for before, after in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize(
+    "shape", [ProductConfig(sub_vectors=2, bits=6), ProductConfig(sub_vectors=1, cells=60, bits=2)]
+)
+def test_half_the_iterations_reach_the_error_of_twice_as_many_that_go_no_further(shape, monkeypatch):
+    x = torch.tensor(np.random.default_rng(0).normal(size=(6000, 8)), dtype=torch.float32)
+    quantizer = make_quantizer(shape, 8)
+    plain = record_errors(x, 20, 1.0, monkeypatch, quantizer)[-1]
+    assert record_errors(x, 10, 1.8, monkeypatch, quantizer)[-1] < 1.003 * plain
+    assert record_errors(x, 10, 1.0, monkeypatch, quantizer)[-1] > 1.004 * plain
+
+
+def lay_out(*numbers):
+    return np.array(numbers, np.float32)[None, :, None]
+
+
+def test_centroids_that_won_no_row_are_put_where_they_belong_and_not_beyond():
+    before = replace(make_quantizer(ProductConfig(sub_vectors=1, bits=1), 1).blank(), books=lay_out(0, 100))
+    after = replace(before, books=lay_out(2, 3))
+    stats = Stats(np.array([[4.0, 0.0]]), np.array([[[8.0], [0.0]]]), 0.0, 4)
+    np.testing.assert_allclose(go_further(before, after, "books", stats).books, [[[3.6], [3.0]]], rtol=1e-6)
+    assert go_further(before, after, "settle", stats) is after
+
+
+def test_the_last_iteration_goes_no_further_than_the_means():
+    x = make_rows()
+    quantizer = make_quantizer(ProductConfig(sub_vectors=2, bits=4), 8)
+    one = train_codebook(x, quantizer, LloydConfig(iterations=1)).codebook
+    samples = quantizer.prepare(x, quantizer.blank(), "books")
+    start = quantizer.seed(quantizer.blank(), "books", samples, np.random.default_rng(0))
+    means = quantizer.update(start, "books", quantizer.assign(samples, start, "books"))
+    np.testing.assert_allclose(one.books, means.books, rtol=1e-5)
