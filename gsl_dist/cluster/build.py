@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import ray
 from pydantic import Field, ValidationError
 
 from gsl_dist.artefact import Card, load_codebook, name_card, open_card
-from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
+from gsl_dist.cluster.session import Progress, run_tasks, start_session, stay_quiet
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.errors import ArtefactError, ConfigError
@@ -239,16 +238,8 @@ def _check_room(config: BuildConfig, codes: Card, portions: list[Portion]) -> No
 def _run_tasks(
     config: BuildConfig, work: Callable[..., Any], calls: Sequence[tuple[Any, ...]], draw: Callable[[int], None]
 ) -> list[Any]:
-    """Give what each call gives, in their order."""
-    task = ray.remote(num_cpus=config.resources.cpus)(work)
-    with own_errors():
-        waiting = {task.remote(*call): number for number, call in enumerate(calls)}
-        found: dict[int, Any] = {}
-        while waiting:
-            draw(len(found))
-            (ready,), _ = ray.wait(list(waiting), num_returns=1)
-            found[waiting.pop(ready)] = ray.get(ready)
-    return [found[number] for number in range(len(calls))]
+    draw(0)
+    return run_tasks(work, calls, config.resources, ended=lambda count, result: draw(count))
 
 
 def _draw(progress: Progress, what: str, before: int, total: int, done: int) -> None:

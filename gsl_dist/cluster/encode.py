@@ -1,15 +1,15 @@
-"""The encode stage: a corpus becomes shards of Parquet with id, cell and code, streamed through Ray Data.
+"""The encode stage: a corpus becomes shards of Parquet with id, cell and code.
 
-A shard is a range of source rows, fixed by the corpus and the number of shards, never by how Ray cuts its blocks. The
-Ray dataset has one row a shard; an actor streams that shard batch by batch (reading ahead in a thread), so memory is
-bounded by a few batches whatever the corpus. A finished shard leaves a note; a relaunch does only those without one,
-and equal input gives equal files. Rows that cannot be read are listed in the shard's rejects file.
+A shard is a range of source rows, fixed by the corpus and the number of shards, and a task of Ray: it streams through
+the encoder batch by batch (reading ahead in a thread), so memory is bounded by a few batches whatever the corpus. A
+finished shard leaves a note; a relaunch does only those without one, and equal input gives equal files. Rows that
+cannot be read are listed in the shard's rejects file.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
 import queue
 import threading
 from collections.abc import Iterator
@@ -19,20 +19,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 from pydantic import Field, ValidationError
-from ray.data import ActorPoolStrategy
 
 from gsl_dist.artefact import Card, find_finished, load_codebook, open_card, publish_card
 from gsl_dist.cluster.codebook import check_lengths
 from gsl_dist.cluster.model import load_encoder, pick_device
-from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet
+from gsl_dist.cluster.session import Progress, run_tasks, start_session, stay_quiet
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import Batch, Corpus, CorpusConfig, open_corpus, split_rows
 from gsl_dist.encoders import Encoder
-from gsl_dist.errors import ArtefactError, ConfigError, DataError, GslError, pack_error, unpack_error
+from gsl_dist.errors import ArtefactError, ConfigError, DataError
 from gsl_dist.fit import embed
 from gsl_dist.index.stream import FINGERPRINT_KEY, OWN_COLUMNS, read_bytes, read_halves
 from gsl_dist.quantizers import open_quantizer
@@ -82,11 +80,10 @@ def run_encode(config: EncodeConfig, progress: Progress = stay_quiet) -> Card:
     if done := find_finished(folder, "codes", made_by):
         return done
     ranges = split_rows(corpus.rows, config.shards)
-    missing = [{"number": n, "start": a, "stop": b} for n, (a, b) in enumerate(ranges) if not _note(folder, n, made_by)]
+    missing = [(number, *ends) for number, ends in enumerate(ranges) if not _note(folder, number, made_by)]
     if missing:
         start_session(config.resources.workers * config.resources.cpus)
-        with own_errors():
-            _encode_shards(config, made_by, missing, len(ranges), progress)
+        _encode_shards(config, made_by, missing, len(ranges), progress)
     notes = [_note(folder, number, made_by) for number in range(len(ranges))]
     return _publish(config, codebook, folder, made_by, [note for note in notes if note])
 
@@ -165,19 +162,14 @@ class ShardEncoder:
         return pa.schema(fields, metadata={FINGERPRINT_KEY: self.codebook.fingerprint.encode()})
 
 
-class ShardMapper:
-    """The actor around a `ShardEncoder`."""
+def encode_shard(config_json: str, made_by: str, number: int, start: int, stop: int) -> ShardNote:
+    """Encode a shard, by the encoder that this process had for the shard before if it is the same."""
+    return _hold_encoder(config_json, made_by).encode_shard(number, start, stop)
 
-    def __init__(self, config: EncodeConfig, made_by: str) -> None:
-        self._encoder = ShardEncoder(config, made_by)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Encode the shard that a row of the dataset names."""
-        try:
-            note = self._encoder.encode_shard(row["number"], row["start"], row["stop"])
-        except GslError as error:
-            return {"name": f"shard-{row['number']:05d}", "rows": 0, "rejects": 0, "fault": pack_error(error)}
-        return {"name": note.name, "rows": note.rows, "rejects": note.rejects, "fault": ""}
+@functools.lru_cache(maxsize=1)
+def _hold_encoder(config_json: str, made_by: str) -> ShardEncoder:
+    return ShardEncoder(EncodeConfig.model_validate_json(config_json), made_by)
 
 
 def read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -249,25 +241,16 @@ def _check_settings(config: EncodeConfig, corpus: Corpus, codebook: Codebook) ->
 
 
 def _encode_shards(
-    config: EncodeConfig, made_by: str, missing: list[dict[str, Any]], total: int, progress: Progress
+    config: EncodeConfig, made_by: str, missing: list[tuple[int, int, int]], total: int, progress: Progress
 ) -> None:
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    done = total - len(missing)
-    progress("encode", done, total, "shards")
-    shards = ray.data.from_items(missing, override_num_blocks=len(missing)).map(
-        ShardMapper,
-        fn_constructor_args=(config, made_by),
-        compute=ActorPoolStrategy(size=min(config.resources.workers, len(missing)), max_tasks_in_flight_per_actor=1),
-        num_cpus=config.resources.cpus,
-        num_gpus=config.resources.gpus or None,
-        memory=config.resources.memory_gb and int(config.resources.memory_gb * 2**30),
-    )
-    for row in shards.iter_rows():
-        if row["fault"]:
-            raise unpack_error(row["fault"])
-        done += 1
-        progress("encode", done, total, f"{row['name']}: {row['rows']} rows, {row['rejects']} rejected")
+    before = total - len(missing)
+    progress("encode", before, total, "shards")
+
+    def draw(count: int, note: ShardNote) -> None:
+        progress("encode", before + count, total, f"{note.name}: {note.rows} rows, {note.rejects} rejected")
+
+    calls = [(config.model_dump_json(), made_by, *shard) for shard in missing]
+    run_tasks(encode_shard, calls, config.resources, at_once=config.resources.workers, ended=draw)
 
 
 def _note(folder: Folder, number: int, made_by: str) -> ShardNote | None:

@@ -1,4 +1,4 @@
-"""Ray, found or started, and its errors turned back into ours."""
+"""Ray, found or started; work handed to it in tasks; and its errors turned back into ours."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from gsl_dist.config import Resources
 from gsl_dist.errors import GslError
 
 Progress = Callable[[str, int, int, str], None]
@@ -38,9 +39,51 @@ def start_session(cpus: float = 1) -> None:
         ray.init(**quiet)
         return
     cores = max(os.cpu_count() or 1, int(cpus) + 1)
-    # Workers start in another folder; whatever the driver can import, they can.
-    env = {"PYTHONPATH": os.pathsep.join(_import_paths())}
-    ray.init(address="local", num_cpus=cores, include_dashboard=False, runtime_env={"env_vars": env}, **quiet)
+    # Workers start in another folder; whatever the driver can import, they can. They inherit it: those that were given
+    # an environment of their own would not be the processes that Ray starts ahead of the first task.
+    with _environ("PYTHONPATH", os.pathsep.join(_import_paths())):
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+
+
+def run_tasks(
+    work: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    resources: Resources,
+    *,
+    at_once: int | None = None,
+    ended: Callable[[int, Any], None] = lambda count, result: None,
+) -> list[Any]:
+    """Give what each call gives, in their order; tasks of lost processes run again, and the first error ends them all.
+
+    A process that has nothing to do takes the next task, of whichever stage: what it imported stays imported. On a GPU
+    every task has a process of its own, as Ray would have it.
+
+    Args:
+        work: a function of a module.
+        calls: its arguments, call by call.
+        resources: what one call takes.
+        at_once: how many may run side by side; None: as many as the cluster has room for.
+        ended: called with how many calls have ended, and what the last one gave.
+    """
+    memory = {"memory": int(resources.memory_gb * 2**30)} if resources.memory_gb else {}
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, **memory)(work)
+    found: dict[int, Any] = {}
+    waiting: dict[Any, int] = {}
+    todo = list(enumerate(calls))[::-1]
+    with own_errors():
+        try:
+            while todo or waiting:
+                while todo and (at_once is None or len(waiting) < at_once):
+                    number, call = todo.pop()
+                    waiting[task.remote(*call)] = number
+                [ready], _ = ray.wait(list(waiting), num_returns=1)
+                number = waiting.pop(ready)
+                found[number] = ray.get(ready)
+                ended(len(found), found[number])
+        finally:
+            for left in waiting:
+                ray.cancel(left)
+    return [found[number] for number in range(len(calls))]
 
 
 @contextlib.contextmanager
@@ -99,6 +142,18 @@ def stage_clock(seconds: dict[str, float], stage: str) -> Iterator[None]:
         yield
     finally:
         seconds[stage] = time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _environ(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _import_paths() -> list[str]:
