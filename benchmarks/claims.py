@@ -169,12 +169,15 @@ def _tell_ingest(paths: list[Path]) -> Iterable[str]:
     for path in paths:
         result: dict[str, Any] = json.loads(path.read_text())
         setting = result["setting"]
-        yield f"{setting['data']}, {setting['rows']:,} rows, seconds, least of {result['rounds']} rounds:\n"
-        yield "| | " + " | ".join(parts := ("codebook", "encode", "build", "all", "process")) + " |"
-        yield "|---" * 6 + "|"
+        yield (
+            f"{setting['data']}, {setting['rows']:,} rows, {setting['cells']:,} cells, {setting['bytes']} bytes; "
+            f"seconds, least of {result['rounds']} rounds:\n"
+        )
+        yield "| | " + " | ".join(parts := ("codebook", "encode", "build", "all", "process")) + " | recall@10 |"
+        yield "|---" * 7 + "|"
         for name, spent in result["seconds"].items():
             cells = [f"{min(spent[part]['values']):.1f}" if part in spent else "" for part in parts]
-            yield f"| {name} | {' | '.join(cells)} |"
+            yield f"| {name} | {' | '.join(cells)} | {result['recall10'][name]:.3f} |"
         yield ""
 
 

@@ -4,8 +4,9 @@ An index is built once into a folder of its own and opened from there for every 
 of this project are trained on the same `TRAINED` rows of the base, those of other systems on what these take.
 
 A name is a family and its numbers: `faiss ivf-pq 16b 4096` has codes of 16 bytes and 4,096 cells, `ours vlq 8b 2048x16`
-8 bytes, and one for the level, and 2,048 cells of 16 lines each. `ranked` codebooks learned to rank. `+ int8`, `+
-float16` and `+ raw` keep the vectors as well, in so many bits, and rank the first candidates by them.
+8 bytes, and one for the level, and 2,048 cells of 16 lines each. Codes are of residuals, but where a name says `whole`:
+tables are then made once a query and not once a cell. `ranked` codebooks learned to rank. `+ int8`, `+ float16` and
+`+ raw` keep the vectors as well, in so many bits, and rank the first candidates by them.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def refine_faiss(base: Contender, shares: str, keeps: Keeps, bytes_per_item: flo
 
         return Opened(search, lambda queries, effort: count_scanned(first, queries, effort[0]))
 
-    efforts = [(count, factor) for count in FEWER for factor in (4, 10, 20)]
+    efforts = [(count, factor) for count in FEWER for factor in (2, 4, 10, 20)]
     return Contender(base.build, open_index, efforts, bytes_per_item, keeps, shares)
 
 
@@ -245,7 +246,7 @@ def refine_ours(base: Contender, shares: str, keeps: Literal["int8", "float16"],
         return Opened(search, first.scanned)
 
     every = base.efforts[0][0], [effort[0] for effort in base.efforts[2:-1]]
-    efforts = [(count, factor) for count in every[1] for factor in (4, 10, 20)]
+    efforts = [(count, factor) for count in every[1] for factor in (2, 4, 10, 20)]
     extra = dim * (2 if keeps == "float16" else 1)
     return replace(
         base, open=open_index, efforts=efforts, keeps=keeps, shares=shares, bytes_per_item=base.bytes_per_item + extra

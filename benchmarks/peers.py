@@ -108,6 +108,7 @@ def list_ours(size: int, cells: int, dim: int) -> dict[str, Contender]:
     sums = {"kind": "rq", "books": size, "joint_iterations": 6}
     made = {
         f"ours opq {size}b {cells}": make_ours(product),
+        f"ours opq {size}b {cells // 2}": make_ours(product | {"cells": cells // 2}),
         f"ours opq {size}b {cells} ranked": make_ours(product, ranked="exact"),
         f"ours pq {size}b {4 * cells} hnsw": make_ours(
             {"kind": "pq", "sub_vectors": size, "cells": 4 * cells}, coarse="hnsw"
@@ -125,6 +126,13 @@ def list_ours(size: int, cells: int, dim: int) -> dict[str, Contender]:
         made[f"ours {kind} fast-scan {scanned}b {cells}"] = make_ours(words)
         made[f"ours {kind} fast-scan {scanned}b {cells} ranked"] = make_ours(words, ranked="exact")
         refined.append(f"ours {kind} fast-scan {scanned}b {cells}")
+    for scanned in (size, 2 * size):
+        if dim % (2 * scanned) == 0:
+            whole = f"ours opq fast-scan {scanned}b {cells // 2} whole"
+            words = {"sub_vectors": 2 * scanned, "bits": 4, "cells": cells // 2, "residual": False}
+            made[whole] = make_ours(product | words)
+            made[f"{whole} + float16"] = refine_ours(made[whole], whole, "float16", dim)
+            refined.append(whole)
     for name in refined:
         made[f"{name} + int8"] = refine_ours(made[name], name, "int8", dim)
     return made

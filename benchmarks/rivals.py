@@ -103,7 +103,7 @@ def make_scann(leaves: int, dim: int, *, raw: bool) -> Contender:
         return Opened(search)
 
     probes = (2, 4, 8, 16, 32, 64, 128)
-    efforts = [(count, factor) for count in probes for factor in (4, 10, 20)] if raw else [(c,) for c in probes]
+    efforts = [(count, factor) for count in probes for factor in (2, 4, 10, 20)] if raw else [(c,) for c in probes]
     kept = 4 * dim if raw else 0
     return Contender(build, open_index, efforts, kept + dim / 4, "raw" if raw else "codes")
 

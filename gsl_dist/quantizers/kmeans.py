@@ -32,7 +32,7 @@ MANY = 4096
 _SPLIT = 1 / 1024
 # As many distances as fit the cache, and of a block of centroids, so that they are of many rows: twice as fast or more.
 _CHUNK_FLOATS, _CHUNK_WORDS = 1 << 20, 1 << 12
-_SUM_ROWS = 1 << 16
+_SUM_ROWS = 1 << 12
 _SEED_ROWS, _ROUNDING = 64, 4e-6
 
 
