@@ -101,7 +101,8 @@ def find_cause(error: BaseException | None) -> GslError | None:
     queue: list[Any] = [error]
     while queue:
         link = queue.pop(0)
-        if isinstance(link, GslError):
+        # Ray's own account of one of ours is of its class too, and reads as a traceback: the cause is what was raised.
+        if isinstance(link, GslError) and not isinstance(link, ray.exceptions.RayTaskError):
             return link
         if not isinstance(link, BaseException) or id(link) in seen:
             continue
