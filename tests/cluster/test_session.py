@@ -36,7 +36,7 @@ def test_a_task_whose_process_was_killed_runs_again(ray_session, tmp_path):
 
 def test_the_first_error_is_raised_as_ours_and_ends_the_rest(ray_session, tmp_path):
     started = time.monotonic()
-    with pytest.raises(DataError, match="^rows: got 1, but none but the first are wanted$"):
+    with pytest.raises(DataError, match=r"^rows: got 1, but none but the first are wanted$"):
         run_tasks(refuse, [(number, str(tmp_path)) for number in range(4)], SMALL)
     assert time.monotonic() - started < 30
     # There is room again at once: what was running has been stopped.
