@@ -31,7 +31,7 @@ from gsl_dist.storage import Folder
 PLACE = Path("build/bench/memory")
 STAGES = ("codebook", "encode", "build")
 GROUP_ROWS, CLUSTERS, WORKERS, PERIOD_S = 65_536, 1000, 2, 0.2
-# What Ray starts for itself: of its node, and the actors with which Ray Data keeps its books.
+# What Ray starts for itself on its node, and where a stage asks for a dataset, to keep its books.
 _DAEMONS = re.compile(
     r"raylet|gcs_server|Agent|/dashboard/|/log_monitor|/monitor\.py|/runtime_env/"
     r"|_StatsActor|ActorLocationTracker|Autoscaling"

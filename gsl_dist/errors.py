@@ -78,7 +78,7 @@ class ShardUnavailable(GslError):  # noqa: N818
 
 
 def pack_error(error: GslError) -> str:
-    """Write one of our errors as JSON, for paths that carry only values (Ray Data keeps no more than a traceback)."""
+    """Write one of our errors as JSON, for paths that carry only bytes."""
     return json.dumps({"kind": type(error).__name__, "args": list(error.args), "fields": error.__dict__})
 
 
