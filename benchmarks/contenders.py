@@ -245,8 +245,7 @@ def refine_ours(base: Contender, shares: str, keeps: Literal["int8", "float16"],
 
         return Opened(search, first.scanned)
 
-    every = base.efforts[0][0], [effort[0] for effort in base.efforts[2:-1]]
-    efforts = [(count, factor) for count in every[1] for factor in (2, 4, 10, 20)]
+    efforts = [(count, factor) for (count, *_) in base.efforts[2:-1] for factor in (2, 4, 10, 20)]
     extra = dim * (2 if keeps == "float16" else 1)
     return replace(
         base, open=open_index, efforts=efforts, keeps=keeps, shares=shares, bytes_per_item=base.bytes_per_item + extra
