@@ -141,15 +141,15 @@ class AdditiveQuantizer:
             return measure_cells(prepared[0], codebook, search)
         return measure_stats(prepared, as_tensor(codebook.books[_stage(phase)], prepared)[None])
 
-    def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
+    def update(self, codebook: Codebook, phase: str, stats: Stats, stride: float = 1.0) -> Codebook:
         """Give the codebook that the statistics of all rows call for."""
         if phase in _HOLD:
             solved = solve_books(codebook.books, stats, _HOLD[phase])
             return replace(codebook, books=_gather_unused(solved, stats) if phase == "anneal" else solved)
         if phase == "cells":
-            return replace(codebook, coarse=update_centroids(codebook.coarse[None], stats)[0])
+            return replace(codebook, coarse=update_centroids(codebook.coarse[None], stats, stride)[0])
         book = codebook.books[_stage(phase)]
-        return _replace_book(codebook, phase, update_centroids(book[None], stats)[0])
+        return _replace_book(codebook, phase, update_centroids(book[None], stats, stride)[0])
 
     def encode(self, x_ND: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
         """Give each vector its cell and the codewords whose sum is nearest, as far as the search finds.

@@ -81,8 +81,8 @@ class Quantizer(Coder, Protocol):
     def assign(self, prepared: Any, codebook: Codebook, phase: str, search: CellSearch = AUTOMATIC) -> Stats | Touched:
         """Measure what `update` needs of these rows; in the phase of the cells, by the search that is asked for."""
 
-    def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
-        """Give the codebook that the statistics of all rows call for."""
+    def update(self, codebook: Codebook, phase: str, stats: Stats, stride: float = 1.0) -> Codebook:
+        """Give the codebook that the statistics of all rows call for, after a stride where means are what is sought."""
 
 
 def find_cells(z_ND: Tensor, codebook: Codebook) -> Tensor:

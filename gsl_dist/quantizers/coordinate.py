@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gsl_dist.codebook import Codebook, FloatArray, IdArray
@@ -118,36 +117,12 @@ def coordinate(quantizer: Quantizer, lloyd: LloydConfig, *, seed: int, start: Co
             answers = yield Ask("stats", codebook, phase, lloyd, Turn(number, iterations, error))
             stats = running.add(add_stats(answers))
             error = stats.mean_error / variance
-            updated = quantizer.update(codebook, phase, stats)
             hastens = start is None and number + 1 < iterations and count_batches(lloyd, phase) == 1
-            codebook = go_further(codebook, updated, phase, stats) if hastens else updated
+            codebook = quantizer.update(codebook, phase, stats, _STRIDE if hastens else 1.0)
             if phase == "anneal":
                 codebook = shake_books(codebook, 1 - (number + 1) / iterations, rng)
     answers = yield Ask("stats", codebook, phase, lloyd)
     return Trained(codebook, add_stats(answers).mean_error / variance)
-
-
-def go_further(before: Codebook, after: Codebook, phase: str, stats: Stats) -> Codebook:
-    """Take the centroids of a Lloyd's iteration further the same way, those that won rows; leave other phases alone.
-
-    With the rows where they are, the error grows with the squared distance to their mean: short of twice as far it is
-    lower than it was, so that an iteration never raises it, as one of Lloyd's does not. It takes about half as many
-    iterations (docs/results/tried.md).
-    """
-    won_GK1 = stats.counts_GK[..., None] > 0
-    if phase == "cells":
-        return replace(after, coarse=_stride(before.coarse, after.coarse, won_GK1[0]))
-    if phase == "books":
-        return replace(after, books=_stride(before.books, after.books, won_GK1))
-    if phase.startswith("book "):
-        books, book = after.books.copy(), int(phase.split()[1])
-        books[book] = _stride(before.books[book], after.books[book], won_GK1[0])
-        return replace(after, books=books)
-    return after
-
-
-def _stride(before: FloatArray, after: FloatArray, won: NDArray[np.bool_]) -> FloatArray:
-    return np.where(won, before + np.float32(_STRIDE) * (after - before), after)
 
 
 class Running:

@@ -103,7 +103,7 @@ class LineQuantizer(ProductQuantizer):
             return sum_touched(along_N[:, None], regions_N, torch.zeros_like(along_N), codebook.lists)
         return super().assign(prepared, codebook, phase, search)
 
-    def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
+    def update(self, codebook: Codebook, phase: str, stats: Stats, stride: float = 1.0) -> Codebook:
         """Give the codebook that the statistics of all rows call for."""
         if phase == "edges":
             edges_CE = find_edges(torch.tensor(codebook.coarse), self.config.edges)
@@ -116,7 +116,7 @@ class LineQuantizer(ProductQuantizer):
             # Where a line won no row of the sample, the mean of all is as good as anything.
             feet_R = np.where(counts_R > 0, sums_R, sums_R.sum()) / np.where(counts_R > 0, counts_R, counts_R.sum())
             return replace(codebook, feet=feet_R.reshape(codebook.cells, -1))
-        return super().update(codebook, phase, stats)
+        return super().update(codebook, phase, stats, stride)
 
     def encode(self, x_ND: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
         """Give each vector its region, and its code: the nearest codeword of every sub-vector, and the level.

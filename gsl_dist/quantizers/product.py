@@ -120,11 +120,11 @@ class ProductQuantizer:
             return measure_cells(prepared[0], codebook, search)
         return measure_stats(prepared, as_tensor(codebook.books, prepared))
 
-    def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
+    def update(self, codebook: Codebook, phase: str, stats: Stats, stride: float = 1.0) -> Codebook:
         """Give the codebook that the statistics of all rows call for."""
         if phase == "cells":
-            return replace(codebook, coarse=update_centroids(codebook.coarse[None], stats)[0])
-        return replace(codebook, books=update_centroids(codebook.books, stats))
+            return replace(codebook, coarse=update_centroids(codebook.coarse[None], stats, stride)[0])
+        return replace(codebook, books=update_centroids(codebook.books, stats, stride))
 
     def encode(self, x_ND: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
         """Give each vector its cell and the index of its nearest codeword in every sub-vector.
@@ -229,12 +229,12 @@ class OptimizedProductQuantizer(ProductQuantizer):
         labels_MN, distances_MN = find_nearest(cut_MNd, books_MKd)
         return sum_by_label(prepared.expand(len(labels_MN), -1, -1), labels_MN, distances_MN, codebook.codewords)
 
-    def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
+    def update(self, codebook: Codebook, phase: str, stats: Stats, stride: float = 1.0) -> Codebook:
         """Give the codebook that the statistics of all rows call for."""
         if phase == "balance":
             return _turn(codebook, _share_axes(stats.sums_GKd[0] / stats.rows, codebook.sub_vectors))
         if phase != "rotation":
-            return super().update(codebook, phase, stats)
+            return super().update(codebook, phase, stats, stride)
         turned_MKD = stats.sums_GKd @ _rotation(codebook).T.astype(np.float64)
         width = self.dim // codebook.sub_vectors
         own = np.stack([turned_KD[:, m * width : (m + 1) * width] for m, turned_KD in enumerate(turned_MKD)])

@@ -101,10 +101,10 @@ class RabitQuantizer:
         error = (prepared - _decode_rests(codes_NM, codebook, prepared)).double().square().sum()
         return Stats(np.zeros((1, 1)), np.zeros((1, 1, 1)), float(error), len(prepared))
 
-    def update(self, codebook: Codebook, phase: str, stats: Stats) -> Codebook:
+    def update(self, codebook: Codebook, phase: str, stats: Stats, stride: float = 1.0) -> Codebook:
         """Give the codebook that the statistics of all rows call for; the rotation stays as it was drawn."""
         if phase == "cells":
-            return replace(codebook, coarse=update_centroids(codebook.coarse[None], stats)[0])
+            return replace(codebook, coarse=update_centroids(codebook.coarse[None], stats, stride)[0])
         return codebook
 
     def encode(self, x_ND: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:

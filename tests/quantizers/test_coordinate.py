@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,8 +21,8 @@ from gsl_dist.quantizers import (
     make_quantizer,
     train_codebook,
 )
-from gsl_dist.quantizers.coordinate import go_further, shake_books
-from gsl_dist.quantizers.kmeans import Stats
+from gsl_dist.quantizers.coordinate import shake_books
+from gsl_dist.quantizers.kmeans import Stats, update_centroids
 
 SHAPES = [(1, False), (6, True), (6, False)]
 every_shape = pytest.mark.parametrize(("cells", "residual"), SHAPES, ids=["flat", "residual", "cells"])
@@ -299,11 +298,18 @@ def lay_out(*numbers):
 
 
 def test_centroids_that_won_no_row_are_put_where_they_belong_and_not_beyond():
-    before = replace(make_quantizer(ProductConfig(sub_vectors=1, bits=1), 1).blank(), books=lay_out(0, 100))
-    after = replace(before, books=lay_out(2, 3))
     stats = Stats(np.array([[4.0, 0.0]]), np.array([[[8.0], [0.0]]]), 0.0, 4)
-    np.testing.assert_allclose(go_further(before, after, "books", stats).books, [[[3.6], [3.0]]], rtol=1e-6)
-    assert go_further(before, after, "settle", stats) is after
+    one, two = update_centroids(lay_out(0, 100), stats), update_centroids(lay_out(0, 100), stats, 1.8)
+    np.testing.assert_allclose(two[0, 0], 1.8 * one[0, 0], rtol=1e-6)
+    assert abs(one[0, 1, 0] - 2) < 0.01 and two[0, 1] == one[0, 1]
+
+
+def test_a_phase_that_is_not_of_lloyds_iterations_knows_no_stride():
+    x, quantizer = make_rows(), make_quantizer(KINDS["rq"], 8)
+    codebook = train_codebook(x, quantizer, LLOYD).codebook
+    stats = quantizer.assign(quantizer.prepare(x, codebook, "settle"), codebook, "settle")
+    one, two = (quantizer.update(codebook, "settle", stats, stride).books for stride in (1.0, 1.8))
+    assert np.array_equal(one, two)
 
 
 def test_the_last_iteration_goes_no_further_than_the_means():
