@@ -279,6 +279,23 @@ def promote(index: Index, version: Annotated[str, typer.Argument(metavar="VERSIO
 
 
 @app.command()
+def token(
+    tokens: Annotated[str, typer.Argument(metavar="FILE", help="the file of tokens; made if it is not there")],
+    name: Annotated[str, typer.Argument(help="whose token it is")],
+    admin: Annotated[bool, typer.Option("--admin", help="may write, promote and compact, and not only read")] = False,
+) -> None:
+    """Make a token for a service, show it once, and keep its digest in the file that `serve` is told of.
+
+    Example: gsl token tokens.json dashboard
+    """
+    from gsl_dist.service.access import add_token, make_token
+
+    text, known = make_token(name, "admin" if admin else "read")
+    add_token(tokens, known)
+    sys.stdout.write(text + "\n")
+
+
+@app.command()
 def verify(index: Index, version: Annotated[str | None, typer.Argument(metavar="[VERSION]")] = None) -> None:
     """Check every checksum and fingerprint of a version, by default the promoted one.
 

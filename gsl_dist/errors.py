@@ -77,6 +77,38 @@ class ShardUnavailable(GslError):  # noqa: N818
         return _restore, (type(self), self.args, self.__dict__)
 
 
+class Overloaded(GslError):  # noqa: N818
+    """The service has as much to do as it may take on; the caller should come back.
+
+    Args:
+        waiting: how many requests are being answered.
+        retry_after_s: when there may be room.
+    """
+
+    def __init__(self, waiting: int, retry_after_s: float = 1.0) -> None:
+        self.waiting, self.retry_after_s = waiting, retry_after_s
+        super().__init__(f"{waiting} requests are being answered and no more are taken on: ask again later")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+class Denied(GslError):  # noqa: N818
+    """The caller shows no token (status 401), or one that does not allow what is asked (403).
+
+    Args:
+        message: which of both.
+        status: the HTTP status.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        self.status = status
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+
 def pack_error(error: GslError) -> str:
     """Write one of our errors as JSON, for paths that carry only bytes."""
     return json.dumps({"kind": type(error).__name__, "args": list(error.args), "fields": error.__dict__})
@@ -85,7 +117,7 @@ def pack_error(error: GslError) -> str:
 def unpack_error(text: str) -> GslError:
     """Undo `pack_error`."""
     plain = json.loads(text)
-    kinds = (BadInput, ConfigError, DataError, QueryError, ArtefactError, ShardUnavailable)
+    kinds = (BadInput, ConfigError, DataError, QueryError, ArtefactError, ShardUnavailable, Overloaded, Denied)
     kind = next((kind for kind in kinds if kind.__name__ == plain["kind"]), GslError)
     return _restore(kind, tuple(plain["args"]), plain["fields"])
 

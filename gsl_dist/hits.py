@@ -9,11 +9,13 @@ shows that it is partial.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 NO_ID = -1
@@ -30,6 +32,7 @@ class Effort(NamedTuple):
         refine: candidates for each hit, ranked again by the vectors that the version keeps; 1: codes alone.
         recall: share of the true neighbours to find; it stands for probes and refine that `gsl tune` measured.
         where: which items may be hits (`gsl_dist.filters`).
+        within: how far off a hit may be, as users see distances: at most, or at least where larger is nearer.
     """
 
     k: int = 10
@@ -37,6 +40,7 @@ class Effort(NamedTuple):
     refine: int | None = None
     recall: float | None = None
     where: Mapping[str, Any] | None = None
+    within: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Hits:
         shards_answered: how many shards took part.
         shards_total: how many the version has.
         version: the version that answered.
+        missing: the names of the shards that did not take part.
+        payload: the columns asked for, a row for each hit in the order of `ids`; None where none were.
 
     Shapes: ids (Q, k) int64; distances (Q, k) float32.
     """
@@ -61,6 +67,8 @@ class Hits:
     shards_answered: int
     shards_total: int
     version: str = ""
+    missing: tuple[str, ...] = ()
+    payload: pa.Table | None = None
 
     def __iter__(self) -> Iterator[NDArray[np.generic]]:
         yield self.distances
@@ -73,6 +81,18 @@ class Hits:
     def is_partial(self) -> bool:
         """Tell whether some shards are missing from the answer."""
         return self.shards_answered < self.shards_total
+
+    def rows(self) -> list[list[dict[str, Any]]]:
+        """Give each query's hits as objects: `id`, `distance` and the columns asked for."""
+        columns = iter(self.payload.to_pylist()) if self.payload is not None else itertools.repeat({})
+        return [
+            [
+                {"id": int(item), "distance": float(far)} | row
+                for item, far, row in zip(ids_k, far_k, columns, strict=False)
+                if item != NO_ID
+            ]
+            for ids_k, far_k in zip(self.ids, self.distances, strict=True)
+        ]
 
 
 def merge_topk(answers: Sequence[Hits], k: int) -> Hits:
@@ -103,6 +123,15 @@ def show_distances(hits: Hits, metric: str) -> Hits:
         return hits
     shown = -hits.distances if metric == "ip" else 1 - hits.distances / 2
     return replace(hits, distances=np.where(hits.ids == NO_ID, -FAR, shown).astype(np.float32))
+
+
+def cut_within(hits: Hits, within: float | None, metric: str) -> Hits:
+    """Leave out hits that are farther off than they may be; distances are as users see them."""
+    if within is None:
+        return hits
+    is_far = hits.distances > within if metric == "l2" else hits.distances < within
+    distances = np.where(is_far, FAR if metric == "l2" else -FAR, hits.distances).astype(np.float32)
+    return replace(hits, ids=np.where(is_far, NO_ID, hits.ids), distances=distances)
 
 
 def _take_nearest(

@@ -4,11 +4,13 @@ A body is a fixed little-endian header (a magic word, the format's version, coun
 the header are claims: the length they imply must be the length of the body, so that no count is ever trusted. Arrays
 are read where they lie, without a copy.
 
-    query   GSLQ  version  queries  dim  k  probes  refine  listed  filter bytes  recall
+    query   GSLQ  version  queries  dim  k  probes  refine  listed  filter bytes  recall  within  patience in ms
             | queries x dim float32 | queries x listed int32 | queries x listed float32 | filter, JSON
-    hits    GSLH  version  name bytes  queries  k  answered  total | ids int64 | distances float32 | version name
+    hits    GSLH  version  name bytes  queries  k  answered  total  missing bytes  payload bytes
+            | ids int64 | distances float32 | version name | names of missing shards, a line each | Arrow stream
 
-`listed` lists are named for each query, with their distances, where a router has found them for its replicas.
+`listed` lists are named for each query, with their distances, where a router has found them for its replicas. Patience
+is how long whoever asks will wait: an answer that comes later is none, so it need not be found.
 
 This module knows neither HTTP nor gRPC.
 """
@@ -17,33 +19,39 @@ This module knows neither HTTP nor gRPC.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import operator
 import struct
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from gsl_dist.errors import QueryError
 from gsl_dist.hits import Effort, Hits
 
 QUERY_TYPE, HITS_TYPE = "application/x-gsl-query", "application/x-gsl-hits"
-FORMAT = 3
+FORMAT = 4
 Lists = tuple[NDArray[np.int64], NDArray[np.float32]]
 HIT_BYTES = 12
 """What one hit takes: an int64 id and a float32 distance."""
 
 # Both headers are whole multiples of eight bytes, so that the arrays behind them are aligned.
-_QUERY_HEAD = struct.Struct("<4sB3xIIIIIIIf")
-_HITS_HEAD = struct.Struct("<4sBxHIIII")
+_QUERY_HEAD = struct.Struct("<4sB3xIIIIIIIffI")
+_HITS_HEAD = struct.Struct("<4sBxHIIIIII")
 _LARGEST = 2**32 - 1
+_ROWS_AT, _PATIENCE_AT = 8, _QUERY_HEAD.size - 4
 
 QUERY_HEAD_BYTES = _QUERY_HEAD.size
 
 
-def pack_query(queries: NDArray[np.float32], effort: Effort, probed: Lists | None = None) -> bytes:
+def pack_query(
+    queries: NDArray[np.float32], effort: Effort, probed: Lists | None = None, patience_s: float | None = None
+) -> bytes:
     """Write queries and the effort to search them with; what is left open is for the server to choose.
 
     Shapes: queries (Q, D) float32; probed, lists and their distances, (Q, P) each.
@@ -54,7 +62,10 @@ def pack_query(queries: NDArray[np.float32], effort: Effort, probed: Lists | Non
     asked = [0 if value is None else _count(name, value) for name, value in counted]
     where = b"" if effort.where is None else _write_where(effort.where)
     lists, distances = probed if probed is not None else (np.empty((0, 0)), np.empty((0, 0)))
-    counts = len(queries), queries.shape[1], *asked, lists.shape[1], len(where), check_share(effort.recall)
+    within = math.nan if effort.within is None else check_number("within", effort.within)
+    patience_ms = 0 if patience_s is None else min(max(1, round(patience_s * 1e3)), _LARGEST)
+    shape = len(queries), queries.shape[1], *asked, lists.shape[1], len(where)
+    counts = *shape, check_share(effort.recall), within, patience_ms
     parts = [(queries, "<f4"), (lists, "<i4"), (distances, "<f4")]
     arrays = [np.ascontiguousarray(array, kind).tobytes() for array, kind in parts]
     return b"".join((_QUERY_HEAD.pack(b"GSLQ", FORMAT, *counts), *arrays, where))
@@ -67,14 +78,14 @@ def unpack_query(body: bytes) -> tuple[NDArray[np.float32], Effort, Lists | None
     Raises:
         QueryError: another format, or a length that its header does not account for.
     """
-    rows, dim, k, probes, refine, listed, where_bytes, recall = _read_head(_QUERY_HEAD, b"GSLQ", body)
+    rows, dim, k, probes, refine, listed, where_bytes, recall, within, _ = _read_head(_QUERY_HEAD, b"GSLQ", body)
     lists_at = _QUERY_HEAD.size + 4 * rows * dim
     where_at = lists_at + 8 * rows * listed
     _expect_length(body, where_at + where_bytes)
     queries = np.frombuffer(body, "<f4", rows * dim, _QUERY_HEAD.size).reshape(rows, dim)
     where = _read_where(body[where_at:]) if where_bytes else None
-    # As few digits as tell a float32 from its neighbours: .95 comes back as .95.
-    effort = Effort(k, probes or None, refine or None, float(str(np.float32(recall))) if recall else None, where)
+    share, reach = _shorten(recall) if recall else None, None if math.isnan(within) else _shorten(within)
+    effort = Effort(k, probes or None, refine or None, share, where, reach)
     if not listed:
         return queries, effort, None
     lists = np.frombuffer(body, "<i4", rows * listed, lists_at).reshape(rows, listed).astype(np.int64)
@@ -82,12 +93,26 @@ def unpack_query(body: bytes) -> tuple[NDArray[np.float32], Effort, Lists | None
     return queries, effort, (lists, distances)
 
 
+def read_patience(body: bytes) -> float | None:
+    """Give how many seconds whoever sent a query will wait, if they said so; the body was not checked."""
+    if len(body) < _QUERY_HEAD.size:
+        return None
+    return int.from_bytes(body[_PATIENCE_AT : _PATIENCE_AT + 4], "little") / 1e3 or None
+
+
+def tell_apart(body: bytes) -> bytes:
+    """Give what must be alike in queries that can be searched as one: all of the header but rows and patience."""
+    return body[:_ROWS_AT] + body[_ROWS_AT + 4 : _PATIENCE_AT]
+
+
 def pack_hits(hits: Hits) -> bytes:
     """Write an answer."""
-    name = hits.version.encode()
-    head = _HITS_HEAD.pack(b"GSLH", FORMAT, len(name), *hits.ids.shape, hits.shards_answered, hits.shards_total)
+    name, missing = hits.version.encode(), "\n".join(hits.missing).encode()
+    payload = b"" if hits.payload is None else pack_table(hits.payload)
+    shares = hits.shards_answered, hits.shards_total, len(missing), len(payload)
+    head = _HITS_HEAD.pack(b"GSLH", FORMAT, len(name), *hits.ids.shape, *shares)
     ids, distances = np.ascontiguousarray(hits.ids, "<i8"), np.ascontiguousarray(hits.distances, "<f4")
-    return b"".join((head, ids.tobytes(), distances.tobytes(), name))
+    return b"".join((head, ids.tobytes(), distances.tobytes(), name, missing, payload))
 
 
 def unpack_hits(body: bytes) -> Hits:
@@ -96,16 +121,43 @@ def unpack_hits(body: bytes) -> Hits:
     Raises:
         QueryError: another format, or a length that its header does not account for.
     """
-    name_bytes, rows, k, answered, total = _read_head(_HITS_HEAD, b"GSLH", body)
+    name_bytes, rows, k, answered, total, missing_bytes, payload_bytes = _read_head(_HITS_HEAD, b"GSLH", body)
     name_at = _HITS_HEAD.size + HIT_BYTES * rows * k
-    _expect_length(body, name_at + name_bytes)
+    missing_at = name_at + name_bytes
+    payload_at = missing_at + missing_bytes
+    _expect_length(body, payload_at + payload_bytes)
     ids = np.frombuffer(body, "<i8", rows * k, _HITS_HEAD.size).reshape(rows, k)
     distances = np.frombuffer(body, "<f4", rows * k, _HITS_HEAD.size + 8 * rows * k).reshape(rows, k)
     try:
-        version = bytes(body[name_at:]).decode()
+        version = bytes(body[name_at:missing_at]).decode()
+        missing = tuple(bytes(body[missing_at:payload_at]).decode().splitlines())
     except UnicodeDecodeError:
-        raise QueryError("body", "a version name", "it must be UTF-8") from None
-    return Hits(ids, distances, answered, total, version)
+        raise QueryError("body", "a name", "it must be UTF-8") from None
+    payload = unpack_table(body[payload_at:]) if payload_bytes else None
+    return Hits(ids, distances, answered, total, version, missing, payload)
+
+
+def pack_table(table: pa.Table) -> bytes:
+    """Write a table as a stream of Arrow."""
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue()
+
+
+def unpack_table(body: bytes) -> pa.Table:
+    """Read a stream of Arrow, and check that its buffers are what they say.
+
+    Raises:
+        QueryError: it is none.
+    """
+    try:
+        with pa.ipc.open_stream(body) as stream:
+            table = stream.read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise QueryError("body", f"{len(body)} bytes", f"it must be a stream of Arrow ({error})") from None
+    return table
 
 
 def _write_where(where: Mapping[str, Any]) -> bytes:
@@ -133,6 +185,23 @@ def check_share(recall: Any) -> float:
     if isinstance(recall, bool) or not isinstance(recall, (int, float)) or not 0 < recall <= 1:
         raise QueryError("recall", recall, "it must be a share above 0 and up to 1")
     return float(recall)
+
+
+def check_number(field: str, value: Any) -> float:
+    """Give a number that is finite, also as a float32.
+
+    Raises:
+        QueryError: it is none.
+    """
+    is_number = isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= np.finfo(np.float32).max:
+        raise QueryError(field, value, "it must be a finite number")
+    return float(value)
+
+
+def _shorten(value: float) -> float:
+    # As few digits as tell a float32 from its neighbours: .95 comes back as .95.
+    return float(str(np.float32(value)))
 
 
 def _read_head(head: struct.Struct, magic: bytes, body: bytes) -> tuple[Any, ...]:

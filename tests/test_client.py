@@ -7,7 +7,7 @@ import pytest
 
 from gsl_dist.client import Client
 from gsl_dist.errors import ConfigError, GslError, QueryError, ShardUnavailable
-from gsl_dist.hits import Hits
+from gsl_dist.hits import Effort, Hits
 from gsl_dist.wire import HITS_TYPE, pack_hits, unpack_query
 
 HITS = Hits(np.array([[4, -1]]), np.array([[0.5, 1.0]], np.float32), 2, 3, "v1")
@@ -35,7 +35,7 @@ def test_anything_like_an_array_is_sent_as_float32_rows(queries):
 
     hits = answering(handle).search(queries, 2, 4)
     path, (rows, effort, _) = sent[0]
-    assert (path, rows.shape, effort) == ("/v1/search", (1, 3), (2, 4, None, None, None))
+    assert (path, rows.shape, effort) == ("/v1/search", (1, 3), Effort(2, 4))
     assert hits.is_partial and hits.ids.tolist() == [[4, -1]]
 
 

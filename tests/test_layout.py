@@ -13,6 +13,7 @@ FLOORS = {
     "ground": {"errors", "config", "storage", "artefact", "codebook", "filters", "hits", "wire"},
     "maths": {"quantizers", "snap", "losses", "encoders", "fit", "sampling", "ranked"},
     "disk": {"data", "index", "evaluate"},
+    "service": {"service"},
     "cluster": {"cluster"},
     "doors": {"cli", "client", "measure", "report", "demo", "plan"},
 }
@@ -20,13 +21,15 @@ BELOW = {
     "ground": set(),
     "maths": {"ground"},
     "disk": {"ground"},
-    "cluster": {"ground", "maths", "disk"},
-    "doors": {"ground", "maths", "disk", "cluster", "doors"},
+    "service": {"ground", "disk"},
+    "cluster": {"ground", "maths", "disk", "service"},
+    "doors": {"ground", "maths", "disk", "service", "cluster", "doors"},
 }
 FORBIDDEN = {
     "ground": {"ray", "torch", "faiss"},
     "maths": {"ray", "faiss", "pyarrow"},
     "disk": {"ray", "torch"},
+    "service": {"ray", "torch"},
     "cluster": set(),
     "doors": {"ray"},
 }

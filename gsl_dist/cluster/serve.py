@@ -1,8 +1,8 @@
 """The serve stage: a version's shards behind one HTTP service, kept alive by Ray Serve.
 
 Serve owns the life of the processes: it deploys them, asks for their health and restarts the dead. A query does not
-pass through it: the router listens on a port of its own and asks its replicas over TCP (`router.py`, `replica.py`,
-`app.py`, none of which knows Ray). Serve's ordinary HTTP route leads to the same app.
+pass through it: the router listens on a port of its own and asks its replicas over TCP (`gsl_dist.service`, which knows
+nothing of Ray). Serve's ordinary HTTP route leads to the same app.
 
 The classes here are shells around those plain objects. Everything a caller can get wrong is refused in the driver,
 before anything is deployed.
@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
+import ssl
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import httpx
+import psutil
 import ray
 from fastapi import FastAPI
 from pydantic import Field
@@ -27,15 +30,18 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus, LoggingConfig
 
-from gsl_dist.cluster.app import DirectDoor, Handover, Limits, bind_port, create_app
-from gsl_dist.cluster.replica import Replica, is_loopback
-from gsl_dist.cluster.router import Router, spread_shards
 from gsl_dist.cluster.session import Progress, start_session, stay_quiet
 from gsl_dist.config import Location, Resources, Strict
 from gsl_dist.errors import ConfigError, GslError
-from gsl_dist.index.coarse import open_coarse
 from gsl_dist.index.manifest import Manifest, open_version, verify_version
-from gsl_dist.index.search import open_searcher
+from gsl_dist.index.search import LocalSearcher, open_searcher
+from gsl_dist.service.access import Access, read_tokens
+from gsl_dist.service.app import Desk, create_app
+from gsl_dist.service.door import Certificate, DirectDoor, bind_port
+from gsl_dist.service.links import Fleet, name_copies, spread_shards
+from gsl_dist.service.reading import Limits
+from gsl_dist.service.replica import Replica, is_loopback
+from gsl_dist.service.router import Coarse, Router, RouterConfig
 from gsl_dist.storage import Folder
 
 APP = "gsl"
@@ -50,6 +56,26 @@ _LIFE = {
 }
 
 
+class Tls(Strict):
+    """The certificate of a service, in files that every node has."""
+
+    cert: str = Field(description="PEM: the certificate, and those that vouch for it")
+    key: str = Field(description="PEM: its private key")
+    authority: str | None = Field(default=None, description="PEM: who vouches for it; None: it vouches for itself")
+
+    def listen(self) -> ssl.SSLContext:
+        """Give what a replica listens with."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.cert, self.key)
+        return context
+
+    def reach(self) -> ssl.SSLContext:
+        """Give what a router reaches replicas with: they must have this certificate, wherever they are."""
+        context = ssl.create_default_context(cafile=self.authority or self.cert)
+        context.check_hostname = False
+        return context
+
+
 class ServeConfig(Strict):
     """How a version is served."""
 
@@ -60,14 +86,24 @@ class ServeConfig(Strict):
     port: int = Field(default=8080, ge=0, le=65535, description="the direct port; 0 for any free one")
     route_prefix: str = Field(default="/", pattern=r"^/", description="the path below which Serve's own door answers")
     serve_port: int = Field(default=8000, ge=1, le=65535, description="the port of Serve's own door")
-    coarse: Literal["router", "replicas"] = Field(
+    copies: int = Field(default=1, ge=1, description="processes that hold the same shards and stand in for each other")
+    coarse: Coarse = Field(
         default="router", description="who finds the lists of a query: the router once for all, or each replica"
     )
+    follow_s: float = Field(
+        default=1.0, gt=0, description="how often to look which version is promoted, where none is named here"
+    )
+    tokens: Location | None = Field(
+        default=None, description="the file of tokens that gsl token writes; needed where other machines are let in"
+    )
+    tls: Tls | None = Field(default=None, description="HTTPS at the direct port and encrypted links to the replicas")
     resources: Resources = Field(default=Resources(), description="what each replica takes; cpus are its threads")
     timeout_s: float = Field(default=10.0, gt=0, description="how long a replica may take over a query")
     start_timeout_s: float = Field(default=300.0, gt=0, description="how long the service may take to start")
     max_batch: int = Field(default=4096, ge=1, description="queries in one request")
     max_body_bytes: int = Field(default=64 << 20, ge=1 << 10, description="bytes of one request, and of its hits")
+    max_requests: int = Field(default=256, ge=1, description="requests answered at once; the next are told 429")
+    max_new_rows: int = Field(default=100_000, ge=0, description="rows written over a version before it is compacted")
 
 
 @dataclass(frozen=True)
@@ -90,11 +126,26 @@ class Service:
 class ReplicaShell:
     """The Serve deployment around one `Replica`."""
 
-    def __init__(self, config: ServeConfig, version: str, shards: list[str]) -> None:
+    def __init__(self, config: ServeConfig, group: str, secret: str) -> None:
         threads = config.resources.threads
-        searcher = open_searcher(config.index, version, names=shards, threads=threads)
-        host = reachable_host(config.host)
-        self._replica = Replica(searcher, host=host, threads=threads, max_bytes=config.max_body_bytes)
+
+        def open_held(version: str, shards: tuple[str, ...]) -> LocalSearcher:
+            check_room(config.index, version, shards)
+            return open_searcher(config.index, version, names=shards, threads=threads)
+
+        self._replica = Replica(
+            open_held,
+            host=reachable_host(config.host),
+            threads=threads,
+            max_bytes=config.max_body_bytes,
+            secret=secret,
+            tls=config.tls.listen() if config.tls else None,
+        )
+        # Opened before anybody asks, so that Serve counts a replica as running when it can answer. One that is started
+        # anew opens what is promoted by then, and whatever else the router names.
+        manifest = open_version(Folder(config.index), config.version)
+        if shards := spread_shards(manifest.shards, config.replicas)[group]:
+            self._replica.hold(manifest.version, shards)
         self._address = self._replica.start()
 
     def address(self) -> str:
@@ -113,26 +164,30 @@ class ReplicaShell:
 class RouterShell:
     """The Serve deployment around one `Router` and its direct door."""
 
-    def __init__(
-        self, config: ServeConfig, manifest: Manifest, groups: dict[str, list[str]], *replicas: DeploymentHandle
-    ) -> None:
-        self._handles = dict(zip(groups, replicas, strict=True))
-        limits = Limits(config.max_batch, config.max_body_bytes)
-        coarse = open_coarse(Folder(config.index), manifest) if config.coarse == "router" else None
-        router = Router(
-            manifest,
-            groups,
+    def __init__(self, config: ServeConfig, names: list[str], secret: str, *replicas: DeploymentHandle) -> None:
+        self._handles = dict(zip(names, replicas, strict=True))
+        fleet = Fleet(
             self._resolve,
-            coarse=coarse,
-            timeout_s=config.timeout_s,
-            max_bytes=config.max_body_bytes,
+            config.replicas,
+            config.copies,
+            secret,
+            config.tls.reach() if config.tls else None,
+            config.max_body_bytes,
+            config.timeout_s,
+            config.start_timeout_s,
         )
-        app = create_app(router, config.index, limits)
-        self._door = DirectDoor(router, app, host=config.host, port=config.port)
+        follow_s = None if config.version else config.follow_s
+        how = RouterConfig(config.coarse, follow_s, config.max_new_rows, config.start_timeout_s)
+        router = Router(config.index, fleet, version=config.version, config=how)
+        access = Access(read_tokens(config.tokens) if config.tokens else None)
+        limits = Limits(config.max_batch, config.max_body_bytes, config.max_requests)
+        app = create_app(Desk(router, limits, access))
+        certificate = Certificate(config.tls.cert, config.tls.key) if config.tls else None
+        self._door = DirectDoor(router, app, host=config.host, port=config.port, certificate=certificate)
         self._door.start()
-        self._url = f"http://{reachable_host(config.host)}:{self._door.port}"
+        self._url = f"{'https' if config.tls else 'http'}://{reachable_host(config.host)}:{self._door.port}"
         global _served_app
-        _served_app = create_app(Handover(self._door), config.index, limits)
+        _served_app = create_app(Desk(router, limits, access, hop=self._door.hop))
 
     def address(self) -> str:
         """Give the url of the direct door."""
@@ -181,7 +236,7 @@ def serve(config: ServeConfig) -> Service:
     http = HTTPOptions(host=config.host, port=config.serve_port)
     ray_serve.start(http_options=http, logging_config=LoggingConfig(enable_access_log=False))
     target = ray_serve.RunTarget(
-        _bind(config, manifest, groups), APP, config.route_prefix, LoggingConfig(enable_access_log=False)
+        _bind(config, list(groups)), APP, config.route_prefix, LoggingConfig(enable_access_log=False)
     )
     deadline = time.monotonic() + config.start_timeout_s
     ray_serve.run_many([target], wait_for_applications_running=False)
@@ -189,7 +244,7 @@ def serve(config: ServeConfig) -> Service:
     url = str(ray_serve.get_app_handle(APP).address.remote().result(timeout_s=_ASK_S * 5))
     serve_url = f"http://{reachable_host(config.host)}:{config.serve_port}{config.route_prefix}".rstrip("/")
     for door in (url, serve_url):
-        _await_answer(door, deadline)
+        _await_answer(door, deadline, config.tls)
     return Service(url, serve_url, groups, manifest.version)
 
 
@@ -200,8 +255,8 @@ def run_serve(config: ServeConfig, progress: Progress = stay_quiet) -> dict[str,
         BadInput, ArtefactError, GslError: as `serve`.
     """
     _check_version(config)
-    start_session(config.replicas * config.resources.cpus)
-    progress("serve", 0, 1, f"{config.replicas} replicas")
+    start_session(config.replicas * config.copies * config.resources.cpus)
+    progress("serve", 0, 1, f"{config.replicas * config.copies} replicas")
     service = serve(config)
     progress("serve", 1, 1, service.url)
     return {"url": service.url, "serve_url": service.serve_url, "version": service.version}
@@ -227,6 +282,10 @@ def _check_version(config: ServeConfig) -> Manifest:
     if config.replicas > len(manifest.shards):
         allowed = f"version {manifest.version} has {len(manifest.shards)} shards and every replica holds one or more"
         raise ConfigError("replicas", config.replicas, allowed)
+    if not is_loopback(config.host) and config.tokens is None:
+        raise ConfigError("tokens", None, f"{config.host} lets other machines in: name a file of tokens (gsl token)")
+    if config.tokens is not None:
+        read_tokens(config.tokens)
     if config.resources.workers != 1:
         raise ConfigError("resources.workers", config.resources.workers, "`replicas` says how many processes serve")
     # A version far away is not read twice: there the replicas alone verify what they open.
@@ -236,7 +295,7 @@ def _check_version(config: ServeConfig) -> Manifest:
     return manifest
 
 
-def _bind(config: ServeConfig, manifest: Manifest, groups: dict[str, list[str]]) -> ray_serve.Application:
+def _bind(config: ServeConfig, groups: list[str]) -> ray_serve.Application:
     replica, router = (
         ray_serve.deployment(ReplicaShell),
         ray_serve.deployment(ray_serve.ingress(_take_app)(RouterShell)),
@@ -244,14 +303,29 @@ def _bind(config: ServeConfig, manifest: Manifest, groups: dict[str, list[str]])
     takes: dict[str, Any] = {"num_cpus": config.resources.cpus, "num_gpus": config.resources.gpus}
     if config.resources.memory_gb is not None:
         takes["memory"] = int(config.resources.memory_gb * 2**30)
+    # Only this router and these replicas know it, and it lives as long as they do.
+    secret = secrets.token_hex(32)
+    names = {name: group for group in groups for name in name_copies(group, config.copies)}
     replicas = [
-        replica.options(name=name, ray_actor_options=takes, **_LIFE).bind(config, manifest.version, shards)
-        for name, shards in groups.items()
+        replica.options(name=name, ray_actor_options=takes, **_LIFE).bind(config, group, secret)
+        for name, group in names.items()
     ]
     # The router waits more than it works, so it takes no core of its own from the replicas.
     return router.options(name="router", ray_actor_options={"num_cpus": 0}, **_LIFE).bind(
-        config, manifest, groups, *replicas
+        config, list(names), secret, *replicas
     )
+
+
+def check_room(index: str, version: str, shards: tuple[str, ...]) -> None:
+    """Let shards be opened for which the machine has memory left.
+
+    Raises:
+        ConfigError: it has not; what is served now is served on.
+    """
+    entries = [entry for entry in open_version(Folder(index), version).shards if entry.name in shards]
+    needed, left = sum(entry.index.bytes for entry in entries), psutil.virtual_memory().available
+    if needed > left:
+        raise ConfigError("version", version, f"its shards take {needed >> 20} MB, and {left >> 20} MB are free here")
 
 
 def _await_running(deadline: float) -> None:
@@ -280,11 +354,11 @@ def _last_line(messages: list[str]) -> str:
     return (errors or lines or ["no reason was given; look into the logs of Ray Serve"])[-1]
 
 
-def _await_answer(url: str, deadline: float) -> None:
-    last = "nothing"
+def _await_answer(url: str, deadline: float, tls: Tls | None) -> None:
+    last, verify = "nothing", tls.reach() if tls else True
     while time.monotonic() < deadline:
         try:
-            answer = httpx.get(f"{url}/healthz", timeout=_ASK_S)
+            answer = httpx.get(f"{url}/healthz", timeout=_ASK_S, verify=verify)
             last = f"status {answer.status_code}"
             if answer.is_success and answer.json()["status"] == "ok":
                 return

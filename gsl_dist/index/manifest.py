@@ -61,7 +61,7 @@ class Manifest(Strict):
     how many rows were left out because another has their id.
 
     `bytes_per_item` counts the code alone; the cell is implied by the list a code lies in, and faiss keeps eight more
-    bytes for the id.
+    bytes for the id. `log_seq` is the last write that the version holds: later ones lie over it (`gsl_dist.index.log`).
     """
 
     version: str
@@ -84,6 +84,7 @@ class Manifest(Strict):
     sharding: str = "id"
     dropped: int = 0
     rows: int
+    log_seq: int = 0
     points: list[Point] = []
     shards: list[ShardEntry]
     codebook: FileEntry
@@ -95,6 +96,12 @@ class Manifest(Strict):
     def lists(self) -> int:
         """Give the number of lists that codes lie in: cells, or regions where lines cut them."""
         return self.cells * self.edge_count
+
+    @property
+    def space(self) -> str:
+        """Name the space that vectors are in: the encoder they come from and their dimension and metric."""
+        encoder = hashlib.sha256(json.dumps([entry.sha256 for entry in self.model]).encode()).hexdigest()[:16]
+        return f"{encoder if self.model else 'given'}-{self.dim}-{self.metric}"
 
     @property
     def files(self) -> list[FileEntry]:

@@ -21,14 +21,14 @@ from numpy.typing import ArrayLike, NDArray
 from gsl_dist.codebook import Codebook, FloatArray, IdArray, Standing
 from gsl_dist.errors import QueryError
 from gsl_dist.filters import parse_where
-from gsl_dist.hits import FAR, NO_ID, Effort, Hits, merge_topk, show_distances
+from gsl_dist.hits import FAR, NO_ID, Effort, Hits, cut_within, merge_topk, show_distances
 from gsl_dist.index.coarse import Probed
 from gsl_dist.index.lists import Lists, join_lists, open_lists
 from gsl_dist.index.manifest import Manifest, ShardEntry, open_codebook, open_version, version_folder
 from gsl_dist.index.refine import VectorStore, measure_exactly, open_vectors
-from gsl_dist.index.selection import Payload, Selection
+from gsl_dist.index.selection import Payload, Selection, find_sorted
 from gsl_dist.storage import Folder
-from gsl_dist.wire import check_share
+from gsl_dist.wire import check_number, check_share
 
 MAX_K = 16_384
 DEFAULT_PROBES, DEFAULT_REFINE = 16, 4
@@ -95,7 +95,9 @@ def check_effort(effort: Effort, version: Manifest) -> Effort:
     if not 1 <= reach <= lists:
         allowed = f"it must be a whole number from 1 to {lists}, the {name} of this index"
         raise QueryError("probes", effort.probes, allowed)
-    return Effort(wanted, reach, _check_refine(effort.refine, wanted, version), None, effort.where)
+    refine = _check_refine(effort.refine, wanted, version)
+    within = None if effort.within is None else check_number("within", effort.within)
+    return Effort(wanted, reach, refine, None, effort.where, within)
 
 
 def _reach_recall(effort: Effort, k: int, version: Manifest) -> Effort:
@@ -158,7 +160,7 @@ class LocalSearcher:
     payload: Payload | None = None
     stores: tuple[VectorStore, ...] = ()
 
-    def search(
+    def search(  # noqa: PLR0913 - what a query may ask for
         self,
         queries: ArrayLike,
         k: int = 10,
@@ -167,6 +169,7 @@ class LocalSearcher:
         refine: int | None = None,
         recall: float | None = None,
         where: Mapping[str, Any] | None = None,
+        within: float | None = None,
     ) -> Hits:
         """Give the k nearest items of each query among the shards held here.
 
@@ -177,6 +180,7 @@ class LocalSearcher:
             refine: candidates for each hit, ranked again by exact distances; by default 4 where vectors are kept.
             recall: the share of true neighbours to find, instead of probes and refine, as `gsl tune` measured.
             where: which items may be hits, by payload columns and `id` (`gsl_dist.filters`).
+            within: how far off a hit may be: at most, or at least where larger is nearer.
 
         Shapes: queries (Q, D) or (D,) -> ids (Q, k) int64, distances (Q, k) float32: squared L2; inner products or
             cosines, the largest first, where these are the metric.
@@ -184,8 +188,8 @@ class LocalSearcher:
             QueryError: queries, k, probes, refine, recall or where cannot be answered.
         """
         matrix = check_queries(queries, self.codebook.dim, self.codebook.metric)
-        effort = check_effort(Effort(k, probes, refine, recall, where), self.manifest)
-        return show_distances(self.find(matrix, effort), self.codebook.metric)
+        effort = check_effort(Effort(k, probes, refine, recall, where, within), self.manifest)
+        return cut_within(show_distances(self.find(matrix, effort), self.codebook.metric), within, self.codebook.metric)
 
     def find(self, queries: FloatArray, effort: Effort, probed: Probed | None = None) -> Hits:
         """Search with queries and effort that were checked; of distances, smaller is nearer whatever the metric.
@@ -198,13 +202,14 @@ class LocalSearcher:
         Raises:
             QueryError: the filter asks for what the payload does not have.
         """
-        k, probes, refine, _, where = effort
+        k, probes, refine, _, where, _ = effort
         assert probes is not None and refine is not None, "both were settled"
-        if where is None:
-            distances, ids = self.lists.search(queries, k * refine, probes, probed=probed)
-        else:
+        if where is not None:
             assert self.payload is not None, "opened without what filters look at"
             distances, ids = self._find_chosen(queries, k * refine, probes, self.payload.select(where))
+        else:
+            rest = None if self.payload is None else self.payload.rest
+            distances, ids = self.lists.search(queries, k * refine, probes, rest, probed=probed)
         if refine > 1:
             distances = measure_exactly(queries, ids, self.stores, self.codebook.metric)
         found = Hits(ids, distances, len(self.shards), len(self.manifest.shards), self.manifest.version)
@@ -239,6 +244,24 @@ class LocalSearcher:
             distances[some, :count] = np.take_along_axis(found_Qn, nearest_Qk, axis=1)
             ids[some, :count] = chosen.ids_n[nearest_Qk]
         return distances, ids
+
+    def recall_vectors(self, ids_n: IdArray) -> tuple[NDArray[np.bool_], FloatArray]:
+        """Give which items are held here, and their vectors: those kept, or else what their codes stand for.
+
+        Shapes: (n,) -> (n,) bool, (n, D) float32, zeros where an item is not held.
+        """
+        places = self.lists.places
+        at_n = find_sorted(places.ids_N, ids_n)
+        if self.payload is not None:
+            at_n = np.where(self.payload.is_hidden(ids_n), -1, at_n)
+        is_here_n, vectors_nD = at_n >= 0, np.zeros((len(ids_n), self.codebook.dim), np.float32)
+        if not self.stores:
+            lists_n, codes = self.lists.take(places.places_N[at_n[is_here_n]])
+            vectors_nD[is_here_n] = self.codebook.decode(lists_n, self.codebook.unpack(codes))
+        for store in self.stores:
+            rows_n = np.where(is_here_n, store.find(ids_n), -1)
+            vectors_nD[rows_n >= 0] = store.read(rows_n[rows_n >= 0])
+        return is_here_n, vectors_nD
 
     @property
     def rows(self) -> int:

@@ -3,6 +3,9 @@
 The payload of the shards is read a column at a time, when a filter first asks for it. A filter becomes the rows that it
 lets through, once: the last few are kept. Lists then look at those rows only, as `selector` or as `mask`; where they
 are few, whoever searches measures every one of them.
+
+What was written after a version was made lies over it: rows that are `hide`n are let through by no filter and no search
+without one, and columns that are `patch`ed have other values in some rows.
 """
 
 # Shapes: N rows held here, n rows let through
@@ -131,7 +134,62 @@ class Payload:
         self._folder, self._entries, self._places, self._stand = folder, tuple(entries), places, stand
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._kept: OrderedDict[str, Selection] = OrderedDict()
-        self._lock = threading.Lock()
+        self._hidden_n = np.empty(0, np.int64)
+        self._rest: Selection | None = None
+        self._rows: Places | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def rest(self) -> Selection | None:
+        """Give the rows that are not hidden; None where none is."""
+        return self._rest
+
+    def hide(self, ids_n: IdArray) -> None:
+        """Let rows be no hits from now on; ids that are not here are passed over."""
+        with self._lock:
+            places = self._places()
+            self._hidden_n = np.union1d(self._hidden_n, ids_n[find_sorted(places.ids_N, ids_n) >= 0])
+            self._kept.clear()
+            if len(self._hidden_n):
+                left_N = np.isin(places.ids_N, self._hidden_n, invert=True, assume_unique=True)
+                self._rest = self._select(places.ids_N[left_N], places)
+
+    def is_hidden(self, ids_n: IdArray) -> NDArray[np.bool_]:
+        """Tell of each id whether it is hidden (n,)."""
+        return np.isin(ids_n, self._hidden_n)
+
+    def patch(self, table: pa.Table) -> None:
+        """Give some rows other values in some columns; rows that are not here are passed over.
+
+        Args:
+            table: `id` and the columns.
+        """
+        with self._lock:
+            for name in table.column_names:
+                if name != "id":
+                    rows_n = self._find_rows(table["id"].to_numpy())
+                    self._columns[name] = _replace(self._read(name), rows_n, table[name])
+            self._kept.clear()
+
+    def fetch(self, ids_n: IdArray, names: Sequence[str]) -> pa.Table:
+        """Give the values of columns for rows by their ids, null for those that are not here or are hidden.
+
+        Raises:
+            QueryError: there is no such column.
+        """
+        with self._lock:
+            for name in names:
+                self._require(name, "payload")
+            rows_n = np.where(self.is_hidden(ids_n), -1, self._find_rows(ids_n))
+            taken = pa.array(rows_n, mask=rows_n < 0)
+            return pa.table({name: self._read(name).take(taken) for name in names})
+
+    def _find_rows(self, ids_n: IdArray) -> NDArray[np.int64]:
+        """Give the row of each id in the columns, -1 where it is not here."""
+        if self._rows is None:
+            self._rows = Places.of(self._read("id").to_numpy())
+        at_n = find_sorted(self._rows.ids_N, ids_n)
+        return np.where(at_n < 0, -1, self._rows.places_N[at_n])
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -160,14 +218,17 @@ class Payload:
     def _apply(self, clause: Clause) -> Selection:
         names = list_columns(clause)
         for name in sorted(names):
-            if name not in self.schema.names:
-                known = ", ".join(self.schema.names)
-                raise QueryError(f"where.{name}", name, f"the columns of this version are {known}")
-        expression = _express(clause, self.schema)
+            self._require(name, f"where.{name}")
         table = pa.table({name: self._read(name) for name in {"id", *names}})
-        ids_n = np.sort(table.filter(expression)["id"].to_numpy())
-        places = self._places()
+        ids_n = np.sort(filter_rows(table, clause)["id"].to_numpy())
+        return self._select(np.setdiff1d(ids_n, self._hidden_n, assume_unique=True), self._places())
+
+    def _select(self, ids_n: IdArray, places: Places) -> Selection:
         return Selection(ids_n, places.places_N[find_sorted(places.ids_N, ids_n)], len(places.ids_N), self._stand)
+
+    def _require(self, name: str, field: str) -> None:
+        if name not in self.schema.names:
+            raise QueryError(field, name, f"the columns of this version are {', '.join(self.schema.names)}")
 
     def _read(self, name: str) -> pa.ChunkedArray:
         if name not in self._columns and not self._entries:
@@ -181,6 +242,23 @@ class Payload:
                 chunks += column.cast(_plain(column.type)).chunks
             self._columns[name] = pa.chunked_array(chunks, _plain(self.schema.field(name).type))
         return self._columns[name]
+
+
+def filter_rows(table: pa.Table, clause: Clause) -> pa.Table:
+    """Give the rows of a table that a filter lets through; it has every column that the filter looks at.
+
+    Raises:
+        QueryError: a column is of another type than what it is compared with.
+    """
+    return table.filter(_express(clause, table.schema))
+
+
+def _replace(column: pa.ChunkedArray, rows_n: NDArray[np.int64], values: pa.ChunkedArray) -> pa.ChunkedArray:
+    # Later values of the same row win.
+    at_N = np.arange(len(column))
+    at_N[rows_n[rows_n >= 0]] = len(column) + np.flatnonzero(rows_n >= 0)
+    both = pa.chunked_array([*column.chunks, *values.cast(column.type).chunks], column.type)
+    return both.take(pa.array(at_N))
 
 
 def _express(clause: Clause, schema: pa.Schema) -> pc.Expression:

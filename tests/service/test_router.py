@@ -2,10 +2,8 @@
 
 import asyncio
 import http.client
-import json
 import re
 import threading
-import time
 from urllib.parse import urlsplit
 
 import httpx
@@ -14,68 +12,21 @@ import pyarrow as pa
 import pytest
 
 pytest.importorskip("uvicorn")
+from fleets import World
 from worlds import make_codebook, make_index, make_queries
 
 from gsl_dist.client import Client
-from gsl_dist.cluster.app import DirectDoor, Handover, Limits, bind_port, create_app
-from gsl_dist.cluster.frames import Status
-from gsl_dist.cluster.replica import Replica
-from gsl_dist.cluster.router import Router, spread_shards
-from gsl_dist.errors import ConfigError, QueryError, ShardUnavailable
+from gsl_dist.errors import ConfigError, Denied, QueryError, ShardUnavailable
 from gsl_dist.hits import Effort
-from gsl_dist.index.coarse import open_coarse
 from gsl_dist.index.manifest import ShardEntry, publish_version
 from gsl_dist.index.search import open_searcher
+from gsl_dist.service.app import Desk, create_app
+from gsl_dist.service.door import bind_port
+from gsl_dist.service.frames import Ask, Asker, Status, greet
+from gsl_dist.service.links import spread_shards
+from gsl_dist.service.reading import ARROW_TYPE, Limits
 from gsl_dist.storage import FileEntry, Folder
 from gsl_dist.wire import QUERY_TYPE, pack_query, unpack_hits
-
-
-class World:
-    """Replicas and a router of one index in this process."""
-
-    def __init__(self, folder, replicas=2, limits=None, timeout_s=5.0, coarse="router"):
-        self.folder, self.local = str(folder), open_searcher(str(folder))
-        self.groups = spread_shards(self.local.manifest.shards, replicas)
-        self.replicas, self.addresses = {}, {}
-        for name in self.groups:
-            self.begin(name)
-        step = open_coarse(Folder(self.folder), self.local.manifest) if coarse == "router" else None
-        self.router = Router(self.local.manifest, self.groups, self.resolve, coarse=step, timeout_s=timeout_s)
-        self.door = DirectDoor(
-            self.router, create_app(self.router, self.folder, limits or Limits()), host="127.0.0.1", port=0
-        )
-        self.door.start()
-        self.url = f"http://127.0.0.1:{self.door.port}"
-        self.await_shards(len(self.local.manifest.shards))
-
-    async def resolve(self, name):
-        return self.addresses.get(name)
-
-    def begin(self, name):
-        self.replicas[name] = Replica(open_searcher(self.folder, names=self.groups[name]))
-        self.addresses[name] = self.replicas[name].start()
-
-    def kill(self, name):
-        del self.addresses[name]
-        self.replicas.pop(name).stop()
-
-    def await_shards(self, count):
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            answer = httpx.get(f"{self.url}/healthz").json()
-            if answer.get("shards_answered", 0) == count:
-                return
-            time.sleep(0.02)
-        raise AssertionError(f"{count} shards never answered")
-
-    def post(self, body, path="/v1/search", kind="application/json"):
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx.post(self.url + path, content=content, headers={"content-type": kind})
-
-    def stop(self):
-        self.door.stop()
-        for replica in self.replicas.values():
-            replica.stop()
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +72,10 @@ def test_lists_named_by_anyone_but_a_router_are_refused(world):
     named = np.zeros((1, 2), np.int64), np.zeros((1, 2), np.float32)
     answer = world.post(pack_query(make_queries(1), Effort(3, 2), named), kind=QUERY_TYPE)
     assert (answer.status_code, answer.json()["field"]) == (400, "body")
-    replica = next(iter(world.replicas.values()))
+    holding = world.holding("replica-0")
     for wrong in (8, -2, 2**31 - 1):
         named = np.full((1, 2), wrong), np.zeros((1, 2), np.float32)
-        status, body = replica.answer(pack_query(make_queries(1), Effort(3, 2), named))
+        status, body = holding.answer(Ask.SEARCH, pack_query(make_queries(1), Effort(3, 2), named))
         assert status == Status.REFUSED and b"lists: got" in body
 
 
@@ -194,9 +145,7 @@ def good(**changes):
 def test_client_equals_router_equals_local_searcher(world, k, probes):
     queries = make_queries()
     expected = world.local.search(queries, k, probes=probes)
-    routed = asyncio.run_coroutine_threadsafe(world.router.search(queries, Effort(k, probes)), world.door.loop).result(
-        10
-    )
+    routed = world.call(world.router.search(queries, Effort(k, probes)))
     with Client(world.url) as client:
         served = client.search(queries, k, probes)
         single = client.search(queries[0], k, probes)
@@ -311,7 +260,7 @@ def test_bad_binary_bodies_are_refused_in_the_same_shape(world, body, query, sta
 
 @pytest.mark.parametrize(
     "method, path, status",
-    [("GET", "/nope", 404), ("POST", "/", 404), ("GET", "/v1/search", 405), ("DELETE", "/healthz", 405)],
+    [("GET", "/nope", 404), ("POST", "/", 405), ("GET", "/v1/search", 405), ("DELETE", "/healthz", 405)],
 )
 def test_unknown_routes_and_methods_answer_in_the_same_shape(world, method, path, status):
     answer = httpx.request(method, world.url + path)
@@ -346,10 +295,10 @@ def test_a_version_published_later_is_listed_and_not_served(fragile):
         assert client.versions()["versions"] == ["v1", "v2"] and client.versions()["served"] == "v1"
 
 
-def test_the_api_page_describes_both_bodies(world):
+def test_the_api_page_describes_every_body(world):
     page = httpx.get(f"{world.url}/openapi.json").json()
     content = page["paths"]["/v1/search"]["post"]["requestBody"]["content"]
-    assert set(content) == {"application/json", QUERY_TYPE}
+    assert set(content) == {"application/json", QUERY_TYPE, ARROW_TYPE}
 
 
 def test_a_partial_answer_says_so_and_becomes_whole_when_the_replica_is_back(fragile):
@@ -380,20 +329,36 @@ def test_no_replica_left_is_503_and_names_every_shard(fragile):
         client.health()
 
 
-def test_an_address_where_other_shards_live_is_not_believed(fragile):
+def test_a_replica_opens_the_shards_that_the_router_names(fragile):
     fragile.kill("replica-0")
     fragile.addresses["replica-0"] = fragile.addresses["replica-1"]
-    time.sleep(0.5)
+    fragile.await_shards(3)
     with Client(fragile.url) as client:
-        assert client.search(make_queries(), 5).is_partial
+        assert same(client.search(make_queries(), 5, 8), fragile.local.search(make_queries(), 5, probes=8))
+
+
+def test_a_replica_answers_nobody_who_does_not_know_the_secret(fragile):
+    host, port = fragile.addresses["replica-0"].split(":")
+
+    async def ask(secret):
+        loop = asyncio.get_running_loop()
+        _, asker = await loop.create_connection(lambda: Asker(1 << 20, lambda _: None), host, int(port))
+        try:
+            return await asker.ask(Ask.HOLD, greet(secret, "v1", fragile.groups["replica-0"]), 5)
+        finally:
+            asker.close()
+
+    assert asyncio.run(ask("secret")) == b""
+    with pytest.raises(Denied):
+        asyncio.run(ask("other"))
 
 
 def test_a_late_replica_is_left_out(tmp_path, monkeypatch):
     make_index(tmp_path)
     world = World(tmp_path, timeout_s=0.3)
-    slow = world.replicas["replica-1"]
-    answer, let_go = slow.answer, threading.Event()
-    monkeypatch.setattr(slow, "answer", lambda body: (let_go.wait(10), answer(body))[1])
+    slow = world.holding("replica-1")
+    answer, let_go = slow.search_together, threading.Event()
+    monkeypatch.setattr(slow, "search_together", lambda bodies: (let_go.wait(10), answer(bodies))[1])
     with Client(world.url) as client:
         hits = client.search(make_queries(), 5)
         assert hits.shards_answered == len(world.groups["replica-0"])
@@ -423,7 +388,7 @@ def test_many_queries_at_once_each_get_their_own_answer(world):
 
 
 def test_another_loop_searches_through_the_same_router(world):
-    app = create_app(Handover(world.door), world.folder)
+    app = create_app(Desk(world.router, hop=world.door.hop))
 
     async def ask():
         transport = httpx.ASGITransport(app)
@@ -434,13 +399,13 @@ def test_another_loop_searches_through_the_same_router(world):
 
 
 def test_a_replica_refuses_what_a_router_should_not_send(world):
-    replica = next(iter(world.replicas.values()))
+    holding = world.holding("replica-0")
     for body in (
         b"nonsense",
         pack_query(make_queries(1, dim=3), Effort(1, 1)),
         pack_query(make_queries(1), Effort(1, 99)),
     ):
-        status, message = replica.answer(body)
+        status, message = holding.answer(Ask.SEARCH, body)
         assert status.name == "REFUSED" and b"Traceback" not in message
 
 
@@ -457,7 +422,7 @@ def test_a_replica_hangs_up_on_frames_that_are_too_long(world):
 
 def test_the_router_checks_what_it_is_given(world):
     with pytest.raises(QueryError):
-        asyncio.run_coroutine_threadsafe(world.router.search([[1.0]], Effort()), world.door.loop).result(5)
+        world.call(world.router.search([[1.0]], Effort()))
 
 
 def test_a_port_in_use_is_named(world):

@@ -1,0 +1,105 @@
+"""The direct door: the router and uvicorn on one event loop, in a thread of their process."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Awaitable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from gsl_dist.errors import ConfigError
+from gsl_dist.service.router import Router
+
+T = TypeVar("T")
+
+_KEEP_ALIVE_S = 75
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The files by which a door shows who it is.
+
+    Args:
+        cert: the certificate, and those that vouch for it.
+        key: its private key.
+    """
+
+    cert: str
+    key: str
+
+
+class DirectDoor:
+    """Runs a router and uvicorn on one event loop, in a thread of this process.
+
+    Args:
+        router: the router; its connections will belong to that loop.
+        app: the app that searches through it.
+        host: the address to bind.
+        port: the port; 0 for any free one.
+        certificate: for HTTPS.
+    """
+
+    def __init__(
+        self, router: Router, app: FastAPI, *, host: str, port: int, certificate: Certificate | None = None
+    ) -> None:
+        self.router, self._socket = router, bind_port(host, port)
+        self.port = int(self._socket.getsockname()[1])
+        self.loop = uvloop.new_event_loop()
+        shown = {"ssl_certfile": certificate.cert, "ssl_keyfile": certificate.key} if certificate else {}
+        # Ray Serve owns the process: signals, logging and the app's life are not uvicorn's here.
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                **shown,
+            )
+        )
+        self._thread = threading.Thread(target=self._run, name="direct-door", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Stop answering and hang up."""
+        self._server.should_exit = True
+        self._thread.join(timeout_s)
+
+    def hop(self, work: Coroutine[Any, Any, T]) -> Awaitable[T]:
+        """Do work on the router's loop, and wait for it on another loop of this process."""
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_until_complete(self._serve())
+
+    async def _serve(self) -> None:
+        self.router.start()
+        await self._server.serve(sockets=[self._socket])
+        self.router.close()
+
+
+def bind_port(host: str, port: int) -> socket.socket:
+    """Take a port.
+
+    Raises:
+        ConfigError: it is taken, or the host is not this machine's.
+    """
+    taken = socket.socket()
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+    except OSError as error:
+        taken.close()
+        raise ConfigError("port", f"{host}:{port}", f"it must be free to listen on ({error.strerror})") from None
+    return taken

@@ -1,0 +1,300 @@
+"""The ways from a router to its replicas: a `Link` to each, and `Copies` of the same shards that stand in for another.
+
+A link is one lasting connection about some shards of one version. When it ends, the link asks in the background where
+the replica lives now, since Serve restarts a dead one at a new port. Starting works the same way: a new link knows no
+address yet. What was written since the version was made is told to a replica before its link counts as connected.
+
+A question goes to the copy that has the fewest waiting. If it fails, the next one is asked at once; if it takes longer
+than 95 of 100 answers to as large a question did, the next one is asked as well, and the first answer counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gsl_dist.errors import BadInput, GslError
+from gsl_dist.index.manifest import Manifest, ShardEntry
+from gsl_dist.service.frames import Ask, Asker, greet
+
+_log = logging.getLogger(__name__)
+
+Resolve = Callable[[str], Awaitable[str | None]]
+"""Gives the address at which a replica answers now, or None while it does not."""
+
+_ASK_AGAIN_S, _CONNECT_S = 0.2, 2.0
+_REMEMBERED, _ENOUGH, _LEAST_HEDGE_S = 256, 20, 0.002
+_HEDGE_PERCENTILE, _UNKNOWN_S = 95, 1.0
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The replicas of a service, and how they are reached.
+
+    Args:
+        resolve: finds the address of a replica by its name.
+        replicas: parts that the shards of a version are spread over.
+        copies: replicas that hold the same part.
+        secret: what a router shows them.
+        tls: encrypts the links.
+        max_bytes: the longest message.
+        timeout_s: how long a replica may take over a question.
+        load_s: how long it may take to open its shards.
+    """
+
+    resolve: Resolve
+    replicas: int = 1
+    copies: int = 1
+    secret: str = ""
+    tls: ssl.SSLContext | None = None
+    max_bytes: int = 1 << 26
+    timeout_s: float = 10.0
+    load_s: float = 300.0
+
+    def link(self, manifest: Manifest, changes: Sequence[bytes]) -> list[Copies]:
+        """Make the links to everything that holds a part of a version."""
+        groups = spread_shards(manifest.shards, self.replicas)
+        return [
+            Copies(
+                shards,
+                [Link(name, shards, self, manifest.version, changes) for name in name_copies(group, self.copies)],
+            )
+            for group, shards in groups.items()
+            if shards
+        ]
+
+
+class Link:
+    """The way to one replica, for one version.
+
+    Args:
+        name: the replica's name.
+        shards: the shards that it is to hold.
+        fleet: where it is found.
+        version: the version that it is to serve.
+        changes: what it must be told before it is asked; grows.
+    """
+
+    def __init__(self, name: str, shards: Sequence[str], fleet: Fleet, version: str, changes: Sequence[bytes]) -> None:
+        self.name, self.fleet = name, fleet
+        self.waiting = 0
+        self.refusal: GslError | None = None
+        self._greeting, self._changes = greet(fleet.secret, version, shards), changes
+        self._asker: Asker | None = None
+        self._search: asyncio.Task[None] | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        """Tell whether the replica can be asked."""
+        return self._asker is not None
+
+    async def ask(self, kind: Ask, body: bytes, timeout_s: float) -> bytes:
+        """Give the replica's answer.
+
+        Raises:
+            BadInput: the replica refuses the question.
+            ConnectionError, asyncio.TimeoutError: there is no answer, or none in time.
+        """
+        if self._asker is None:
+            self.find()
+            raise ConnectionResetError("not connected")
+        self.waiting += 1
+        try:
+            return await self._asker.ask(kind, body, timeout_s)
+        finally:
+            self.waiting -= 1
+
+    def find(self) -> None:
+        """Start to look for the replica, unless that is under way."""
+        if self._search is None or self._search.done():
+            self._search = asyncio.get_running_loop().create_task(self._connect())
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._search is not None:
+            self._search.cancel()
+        asker, self._asker = self._asker, None
+        if asker is not None:
+            asker.close()
+
+    async def _connect(self) -> None:
+        while self._asker is None:
+            address = await self.fleet.resolve(self.name)
+            if address is None or not await self._try(address):
+                await asyncio.sleep(_ASK_AGAIN_S)
+
+    async def _try(self, address: str) -> bool:
+        host, _, port = address.rpartition(":")
+        loop, fleet, asker = asyncio.get_running_loop(), self.fleet, None
+        try:
+            way = loop.create_connection(
+                lambda: Asker(fleet.max_bytes, self._lose), host, int(port), ssl=fleet.tls, server_hostname=_name(fleet)
+            )
+            _, asker = await asyncio.wait_for(way, _CONNECT_S)
+            await asker.ask(Ask.HOLD, self._greeting, fleet.load_s)
+            told = 0
+            while told < len(self._changes):
+                await asker.ask(Ask.CHANGE, self._changes[told], fleet.load_s)
+                told += 1
+        except (OSError, asyncio.TimeoutError, GslError) as error:
+            _log.info("%s is not at %s: %s", self.name, address, error)
+            self.refusal = error if isinstance(error, GslError) else self.refusal
+            if asker is not None:
+                asker.close()
+            return False
+        # Nothing was awaited since the last change was told, so that none can have been missed.
+        self._asker, self.refusal = asker, None
+        _log.info("%s answers at %s", self.name, address)
+        return True
+
+    def _lose(self, asker: Asker) -> None:
+        # Serve restarts a dead replica elsewhere: look for it now, and not only when the next query has failed.
+        if asker is self._asker:
+            self._asker = None
+            self.find()
+
+
+class Copies:
+    """Replicas that hold the same shards: any of them answers for all.
+
+    Args:
+        shards: what they hold.
+        links: the ways to them.
+    """
+
+    def __init__(self, shards: Sequence[str], links: Sequence[Link]) -> None:
+        self.shards, self.links = list(shards), list(links)
+        self.hedges = 0
+        self._latencies = Latencies()
+
+    @property
+    def is_connected(self) -> bool:
+        """Tell whether one of them can be asked."""
+        return any(link.is_connected for link in self.links)
+
+    async def ask(self, kind: Ask, body: bytes, timeout_s: float) -> bytes | None:
+        """Give the first answer, or None if there is none in time.
+
+        Raises:
+            BadInput: a replica refuses the question.
+        """
+        links = sorted((link for link in self.links if link.is_connected), key=lambda link: link.waiting)
+        if not links:
+            return None
+        start = time.monotonic()
+        if len(links) == 1:
+            answer = await _ask_quietly(links[0], kind, body, timeout_s)
+        else:
+            answer = await self._ask_several(links, kind, body, start + timeout_s)
+        if answer is not None:
+            self._latencies.note(len(body), time.monotonic() - start)
+        return answer
+
+    async def tell(self, body: bytes) -> None:
+        """Tell all that are connected of a change; one that does not take it is cut off, to be told everything anew."""
+        connected = [link for link in self.links if link.is_connected]
+        told = await asyncio.gather(
+            *(_ask_quietly(link, Ask.CHANGE, body, link.fleet.timeout_s) for link in connected), return_exceptions=True
+        )
+        for link, answer in zip(connected, told, strict=True):
+            if not isinstance(answer, bytes):
+                link.close()
+                link.find()
+
+    async def _ask_several(self, links: list[Link], kind: Ask, body: bytes, deadline: float) -> bytes | None:
+        asked: set[asyncio.Task[bytes | None]] = set()
+        patience_s = self._latencies.give_up_after(len(body))
+        while True:
+            left_s = deadline - time.monotonic()
+            if links and left_s > 0:
+                link = links.pop(0)
+                self.hedges += bool(asked)
+                asked.add(asyncio.create_task(_ask_quietly(link, kind, body, left_s)))
+            if not asked or left_s <= 0:
+                _end_quietly(asked)
+                return None
+            # Who lost the race is left to end by itself: as long as it owes an answer, the others are asked first.
+            done, asked = await asyncio.wait(
+                asked, timeout=min(left_s, patience_s) if links else left_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                if (answer := task.result()) is not None:
+                    _end_quietly(asked)
+                    return answer
+
+
+class Latencies:
+    """How long answers took of late, by the size of what was asked."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, deque[float]] = {}
+        self._limits: dict[int, float] = {}
+
+    def note(self, size: int, seconds: float) -> None:
+        """Remember how long an answer took."""
+        kind = size.bit_length()
+        of_late = self._seconds.setdefault(kind, deque(maxlen=_REMEMBERED))
+        of_late.append(seconds)
+        if len(of_late) % _ENOUGH == 0:
+            self._limits[kind] = max(float(np.percentile(of_late, _HEDGE_PERCENTILE)), _LEAST_HEDGE_S)
+
+    def give_up_after(self, size: int) -> float:
+        """Give after how many seconds another copy should be asked."""
+        return self._limits.get(size.bit_length(), _UNKNOWN_S)
+
+
+def spread_shards(shards: Sequence[ShardEntry], replicas: int) -> dict[str, list[str]]:
+    """Deal shards out so that each part holds about as many rows; a part is empty only if there are too few shards.
+
+    Returns:
+        the names of the shards of each part, `replica-0` and so on.
+    """
+    groups: list[list[ShardEntry]] = [[] for _ in range(replicas)]
+    for shard in sorted(shards, key=lambda entry: (-entry.rows, entry.name)):
+        # Equal rows are told apart by the number of shards, so that empty shards do not pile up in one place.
+        min(groups, key=lambda group: (sum(entry.rows for entry in group), len(group))).append(shard)
+    return {f"replica-{rank}": sorted(entry.name for entry in group) for rank, group in enumerate(groups)}
+
+
+def name_copies(group: str, copies: int) -> list[str]:
+    """Give the names of the replicas that hold a part."""
+    return [group] if copies == 1 else [f"{group}-{copy}" for copy in range(copies)]
+
+
+def find_missing(copies: Sequence[Copies], answers: Sequence[bytes | None]) -> tuple[str, ...]:
+    """Give the shards that no copy answered for."""
+    return tuple(shard for part, answer in zip(copies, answers, strict=True) if answer is None for shard in part.shards)
+
+
+def count_connected(copies: Sequence[Copies]) -> dict[str, int]:
+    """Give how many replicas can be asked, and how many there are."""
+    links = [link for part in copies for link in part.links]
+    return {"connected": sum(link.is_connected for link in links), "replicas": len(links)}
+
+
+async def _ask_quietly(link: Link, kind: Ask, body: bytes, timeout_s: float) -> bytes | None:
+    try:
+        return await link.ask(kind, body, timeout_s)
+    except BadInput:
+        raise
+    except (ConnectionError, asyncio.TimeoutError, GslError) as error:
+        _log.warning("%s did not answer: %s %s", link.name, type(error).__name__, error)
+        return None
+
+
+def _end_quietly(tasks: set[asyncio.Task[bytes | None]]) -> None:
+    for task in tasks:
+        # What a task raises that nobody waits for would be logged as a fault.
+        task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+
+
+def _name(fleet: Fleet) -> str | None:
+    # Replicas are found by address; their certificate is that of the service, whichever machine they are on.
+    return None if fleet.tls is None else "gsl"
