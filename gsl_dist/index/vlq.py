@@ -144,8 +144,7 @@ class LineLists:
         """
         assert probed is None, "no coarse step ranks regions"
         tables, codebook, threads = self.tables, self.codebook, threads or faiss.omp_get_max_threads()
-        wanted = cells or -(-CELLS_SHARE * probes // codebook.edge_count)
-        reach = min(max(wanted, -(-probes // codebook.edge_count)), codebook.cells)
+        reach = count_cells(codebook, probes, cells)
         turned_QD = codebook.rotate(queries_QD) - tables.centre_D
         distances_Qk = np.full((len(turned_QD), k), FAR, np.float32)
         ids_Qk = np.full((len(turned_QD), k), -1, np.int64)
@@ -201,6 +200,12 @@ class LineLists:
         )
         lengths_Q1 = np.square(turned_QD).sum(1, keepdims=True)
         distances_Qk[:] = np.where(ids_Qk >= 0, np.maximum(distances_Qk + lengths_Q1, 0), FAR)
+
+
+def count_cells(codebook: Codebook, probes: int, cells: int | None = None) -> int:
+    """Give how many cells have their regions ranked: so many, or the usual share; at least as many as hold `probes`."""
+    wanted = cells or -(-CELLS_SHARE * probes // codebook.edge_count)
+    return min(max(wanted, -(-probes // codebook.edge_count)), codebook.cells)
 
 
 def open_tables(codebook: Codebook) -> Tables:
