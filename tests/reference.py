@@ -322,3 +322,23 @@ def deal_cells_in_loops(sizes, shards):
         shard = min(range(shards), key=lambda shard: (rows[shard], cells[shard], shard))
         dealt[cell], rows[shard], cells[shard] = shard, rows[shard] + sizes[cell], cells[shard] + 1
     return dealt
+
+
+def search_regions_in_loops(query, codebook, rows, k, probes, cells):
+    """The k nearest (squared distance, id) pairs among rows in the first regions of the nearest cells.
+
+    Rows are triples of an id, a region and the vector that the code stands for; nothing is rotated.
+    """
+
+    def squared(one, other):
+        return sum((float(a) - float(b)) ** 2 for a, b in zip(one, other, strict=True))
+
+    nearest = sorted((squared(query, centroid), cell) for cell, centroid in enumerate(codebook.coarse))[:cells]
+    ranked = []
+    for _, cell in nearest:
+        for edge, (end, foot) in enumerate(zip(codebook.edges[cell], codebook.feet[cell], strict=True)):
+            ends = zip(codebook.coarse[cell], codebook.coarse[end], strict=True)
+            point = [float(a) + float(foot) * (float(b) - float(a)) for a, b in ends]
+            ranked.append((squared(query, point), cell * len(codebook.edges[cell]) + edge))
+    looked = {region for _, region in sorted(ranked)[:probes]}
+    return sorted((squared(query, vector), item) for item, region, vector in rows if region in looked)[:k]
