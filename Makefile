@@ -48,6 +48,7 @@ bench: install  ## measure the claims of the README, one after another
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/scanning.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/devices.py
 	$(BIN)/python benchmarks/quantizers.py --seeds 1 --bytes 8
 	$(BIN)/python benchmarks/cells.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/costs.py
