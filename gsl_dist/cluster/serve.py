@@ -30,6 +30,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus, LoggingConfig
 
+from gsl_dist.cluster.device import Device, check_device, place_searcher
 from gsl_dist.cluster.session import Progress, start_session, stay_quiet
 from gsl_dist.config import Location, Resources, Strict
 from gsl_dist.errors import ConfigError, GslError
@@ -97,6 +98,7 @@ class ServeConfig(Strict):
         default=None, description="the file of tokens that gsl token writes; needed where other machines are let in"
     )
     tls: Tls | None = Field(default=None, description="HTTPS at the direct port and encrypted links to the replicas")
+    device: Device = Field(default="auto", description="what searches codes of lines: auto, cpu or cuda")
     resources: Resources = Field(default=Resources(), description="what each replica takes; cpus are its threads")
     timeout_s: float = Field(default=10.0, gt=0, description="how long a replica may take over a query")
     start_timeout_s: float = Field(default=300.0, gt=0, description="how long the service may take to start")
@@ -131,7 +133,8 @@ class ReplicaShell:
 
         def open_held(version: str, shards: tuple[str, ...]) -> LocalSearcher:
             check_room(config.index, version, shards)
-            return open_searcher(config.index, version, names=shards, threads=threads)
+            searcher = open_searcher(config.index, version, names=shards, threads=threads)
+            return place_searcher(searcher, config.device)
 
         self._replica = Replica(
             open_held,
@@ -282,6 +285,7 @@ def _check_version(config: ServeConfig) -> Manifest:
     if config.replicas > len(manifest.shards):
         allowed = f"version {manifest.version} has {len(manifest.shards)} shards and every replica holds one or more"
         raise ConfigError("replicas", config.replicas, allowed)
+    check_device(config.device, manifest.kind)
     if not is_loopback(config.host) and config.tokens is None:
         raise ConfigError("tokens", None, f"{config.host} lets other machines in: name a file of tokens (gsl token)")
     if config.tokens is not None:
