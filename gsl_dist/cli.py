@@ -112,6 +112,17 @@ def build(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def compact(config: Config, overrides: Overrides = None) -> None:
+    """Make the next version: what was written over this one becomes part of it, and codes are added.
+
+    Example: gsl compact configs/fashion/compact.yaml codes=build/new/codes duplicates=replace
+    """
+    from gsl_dist.cluster.compact import CompactConfig, run_compact
+
+    run_stage(CompactConfig, run_compact, config, overrides)
+
+
+@app.command()
 def serve(config: Config, overrides: Overrides = None) -> None:
     """Serve a version: replicas that hold its shards, and a router in front of them.
 
@@ -346,9 +357,9 @@ def _search_service(url: str, query: Path, effort: Effort) -> Hits:
 
 
 def _search_folder(index: str, query: Path, effort: Effort, version: str | None) -> Hits:
-    from gsl_dist.index.search import open_searcher
+    from gsl_dist.index.overlay import open_written
 
-    searcher = open_searcher(index, version)
+    searcher = open_written(index, version)
     if _is_vectors(query):
         return searcher.search(_read_vectors(query), **effort._asdict())
     from gsl_dist.cluster.evaluate import embed_queries

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 import uuid
@@ -147,6 +148,19 @@ class Folder:
     def write_json(self, name: str, content: Any) -> None:
         """Write a whole JSON file, keys sorted so that equal content is equal bytes."""
         self.write_bytes(name, json.dumps(content, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n")
+
+    def take(self, other: Folder, entry: FileEntry) -> None:
+        """Put a file of another folder here under its name: a link to the same bytes, or a copy where there are none.
+
+        Raises:
+            ArtefactError: it is not the file that was pinned.
+        """
+        other.check(entry)
+        with other.local(entry.name) as path, self.whole(entry.name) as written:
+            try:
+                os.link(path, written)
+            except OSError:
+                shutil.copyfile(path, written)
 
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""

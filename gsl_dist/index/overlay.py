@@ -220,14 +220,18 @@ class Overlay:
         return pa.table({"id": np.array(list(rows), np.int64), **values})
 
 
-def read_overlay(index: Folder, manifest: Manifest, log: WriteLog | None = None) -> Overlay:
-    """Make the overlay of a version from the write log.
+def read_overlay(
+    index: Folder, manifest: Manifest, log: WriteLog | None = None, *, until: int | None = None
+) -> Overlay:
+    """Make the overlay of a version from the write log, up to a commit if one is given.
 
     Raises:
         ArtefactError: the log is damaged, or is about vectors of another space.
     """
     overlay = Overlay(manifest, read_schema(version_folder(index, manifest.version), manifest))
     for seq, writes in (log or WriteLog(index)).read(manifest.log_seq, manifest.space):
+        if until is not None and seq > until:
+            break
         overlay.apply(overlay.fit(writes), seq)
     return overlay
 
@@ -268,9 +272,14 @@ class WrittenSearcher:
     searcher: LocalSearcher
     overlay: Overlay
 
+    @property
+    def manifest(self) -> Manifest:
+        """Give the version."""
+        return self.searcher.manifest
+
     def search(self, queries: ArrayLike, k: int = 10, **asked: Any) -> Hits:
         """Give the k nearest items of each query, as `LocalSearcher.search` does."""
-        manifest = self.searcher.manifest
+        manifest = self.manifest
         matrix = check_queries(queries, manifest.dim, manifest.metric)
         effort = check_effort(Effort(k, **asked), manifest)
         found = [self.searcher.find(matrix, effort), self.overlay.search(matrix, effort)]

@@ -168,7 +168,7 @@ class Payload:
             for name in table.column_names:
                 if name != "id":
                     rows_n = self._find_rows(table["id"].to_numpy())
-                    self._columns[name] = _replace(self._read(name), rows_n, table[name])
+                    self._columns[name] = replace_values(self._read(name), rows_n, table[name])
             self._kept.clear()
 
     def fetch(self, ids_n: IdArray, names: Sequence[str]) -> pa.Table:
@@ -253,8 +253,8 @@ def filter_rows(table: pa.Table, clause: Clause) -> pa.Table:
     return table.filter(_express(clause, table.schema))
 
 
-def _replace(column: pa.ChunkedArray, rows_n: NDArray[np.int64], values: pa.ChunkedArray) -> pa.ChunkedArray:
-    # Later values of the same row win.
+def replace_values(column: pa.ChunkedArray, rows_n: NDArray[np.int64], values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Give a column with other values in some rows, -1 for none; of several for one row the last counts."""
     at_N = np.arange(len(column))
     at_N[rows_n[rows_n >= 0]] = len(column) + np.flatnonzero(rows_n >= 0)
     both = pa.chunked_array([*column.chunks, *values.cast(column.type).chunks], column.type)

@@ -18,13 +18,13 @@ from worlds import make_codebook, make_index, make_queries  # noqa: E402
 
 from gsl_dist.cluster import device as module  # noqa: E402
 from gsl_dist.cluster.device import DeviceLists, check_device, find_shortage, hold_lists, place_searcher  # noqa: E402
-from gsl_dist.cluster.replica import Replica  # noqa: E402
 from gsl_dist.errors import ConfigError  # noqa: E402
 from gsl_dist.hits import Effort  # noqa: E402
 from gsl_dist.index import search as searching  # noqa: E402
 from gsl_dist.index.lists import open_lists  # noqa: E402
 from gsl_dist.index.search import open_searcher  # noqa: E402
 from gsl_dist.quantizers import regions  # noqa: E402
+from gsl_dist.service.replica import Replica  # noqa: E402
 from gsl_dist.wire import pack_query, unpack_hits  # noqa: E402
 
 ROWS = 400
@@ -175,7 +175,7 @@ def test_a_replica_on_a_processor_does_without_torch(kind, tmp_path):
     make_index(tmp_path, codebook=make_codebook(kind))
     code = (
         "import sys; from gsl_dist.cluster.device import place_searcher; "
-        "from gsl_dist.cluster.replica import Replica; from gsl_dist.index.search import open_searcher; "
+        "from gsl_dist.service.replica import Replica; from gsl_dist.index.search import open_searcher; "
         f"Replica(place_searcher(open_searcher({str(tmp_path)!r}), 'auto')).probe(); print('torch' in sys.modules)"
     )
     root, hidden = Path(__file__).resolve().parents[2], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
