@@ -13,20 +13,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from gsl_dist.artefact import name_card, open_card
+from gsl_dist.artefact import open_card
 from gsl_dist.cluster.encode import read_codes
-from gsl_dist.cluster.model import load_encoder
+from gsl_dist.cluster.query import QueryEncoder, has_model
 from gsl_dist.cluster.session import Progress, stay_quiet
 from gsl_dist.codebook import FloatArray, IdArray
 from gsl_dist.config import Location, Resources, Strict
 from gsl_dist.data import CorpusConfig, open_corpus
-from gsl_dist.errors import ConfigError, DataError
+from gsl_dist.errors import ConfigError
 from gsl_dist.evaluate import evaluate_map, quantization_error, rank_exact, recall_at
-from gsl_dist.fit import embed
 from gsl_dist.hits import Effort, Hits
 from gsl_dist.index.manifest import Manifest, version_folder
 from gsl_dist.index.search import LocalSearcher, check_queries, open_searcher
@@ -109,13 +107,8 @@ def embed_queries(index: str, manifest: Manifest, items: NDArray[Any]) -> FloatA
 
     Shapes: items (Q, ...) -> (Q, D) float32.
     """
-    folder = version_folder(Folder(index), manifest.version)
-    if any(entry.name == f"model/{name_card('model')}" for entry in manifest.model):
-        encoder, card = load_encoder(folder.path("model"))
-        if list(items.shape[1:]) != list(card.facts["item_shape"]):
-            shape = tuple(card.facts["item_shape"])
-            raise DataError("queries", f"items of shape {items.shape[1:]}", f"the encoder was trained on {shape}")
-        items = embed(encoder, torch.from_numpy(items)).numpy()
+    if has_model(manifest):
+        return QueryEncoder(index, manifest).embed(items)
     return check_queries(items, manifest.dim, manifest.metric)
 
 

@@ -11,6 +11,8 @@ before anything is deployed.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
 import os
 import secrets
 import ssl
@@ -31,7 +33,8 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus, LoggingConfig
 
 from gsl_dist.cluster.device import Device, check_device, place_searcher
-from gsl_dist.cluster.session import Progress, start_session, stay_quiet
+from gsl_dist.cluster.session import Progress, find_cause, own_errors, start_session, stay_quiet
+from gsl_dist.codebook import FloatArray
 from gsl_dist.config import Location, Resources, Strict
 from gsl_dist.errors import ConfigError, GslError
 from gsl_dist.index.manifest import Manifest, open_version, verify_version
@@ -45,8 +48,8 @@ from gsl_dist.service.replica import Replica, is_loopback
 from gsl_dist.service.router import Coarse, Router, RouterConfig
 from gsl_dist.storage import Folder
 
-APP = "gsl"
-_ASK_S = 2.0
+APP, ENCODER = "gsl", "encoder"
+_ASK_S, _ENCODE_S = 2.0, 30.0
 _POLL_S = 0.1
 # Serve's own defaults (5 requests at once, health every 10 s) suit models that take seconds.
 _LIFE = {
@@ -94,6 +97,10 @@ class ServeConfig(Strict):
     follow_s: float = Field(
         default=1.0, gt=0, description="how often to look which version is promoted, where none is named here"
     )
+    probe_s: float | None = Field(
+        default=10.0, gt=0, description="how often recall is measured, where gsl tune left a sample; None: never"
+    )
+    encoder: bool = Field(default=False, description="encode raw items in the service: one process more, with torch")
     tokens: Location | None = Field(
         default=None, description="the file of tokens that gsl token writes; needed where other machines are let in"
     )
@@ -164,6 +171,29 @@ class ReplicaShell:
         self._replica.probe()
 
 
+class EncoderShell:
+    """The Serve deployment that makes vectors of raw items: the one process of a service that has torch."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        # Here and not above: a replica comes from this module as well, and does without torch.
+        import torch
+
+        torch.set_num_threads(config.resources.threads)
+        self._index = config.index
+        self._open: dict[str, Any] = {}
+
+    def encode(self, version: str, items: list[Any]) -> FloatArray:
+        """Give the vectors of items by the encoder of a version (Q, D)."""
+        from gsl_dist.cluster.query import QueryEncoder
+
+        if version not in self._open:
+            # Another version takes over: of the one before, queries under way may still come.
+            self._open = dict([*self._open.items()][-1:])
+            self._open[version] = QueryEncoder(self._index, open_version(Folder(self._index), version))
+        vectors: FloatArray = self._open[version].encode(items)
+        return vectors
+
+
 class RouterShell:
     """The Serve deployment around one `Router` and its direct door."""
 
@@ -180,21 +210,34 @@ class RouterShell:
             config.start_timeout_s,
         )
         follow_s = None if config.version else config.follow_s
-        how = RouterConfig(config.coarse, follow_s, config.max_new_rows, config.start_timeout_s)
+        how = RouterConfig(config.coarse, follow_s, config.max_new_rows, config.start_timeout_s, config.probe_s)
         router = Router(config.index, fleet, version=config.version, config=how)
-        access = Access(read_tokens(config.tokens) if config.tokens else None)
-        limits = Limits(config.max_batch, config.max_body_bytes, config.max_requests)
-        app = create_app(Desk(router, limits, access))
+        desk = Desk(
+            router,
+            Limits(config.max_batch, config.max_body_bytes, config.max_requests),
+            Access(read_tokens(config.tokens) if config.tokens else None),
+            self._encode if config.encoder else None,
+            functools.partial(compact_away, config.index),
+        )
+        app = create_app(desk)
         certificate = Certificate(config.tls.cert, config.tls.key) if config.tls else None
         self._door = DirectDoor(router, app, host=config.host, port=config.port, certificate=certificate)
         self._door.start()
         self._url = f"{'https' if config.tls else 'http'}://{reachable_host(config.host)}:{self._door.port}"
         global _served_app
-        _served_app = create_app(Desk(router, limits, access, hop=self._door.hop))
+        _served_app = create_app(dataclasses.replace(desk, hop=self._door.hop))
 
     def address(self) -> str:
         """Give the url of the direct door."""
         return self._url
+
+    async def _encode(self, manifest: Manifest, items: list[Any]) -> FloatArray:
+        answer = self._handles[ENCODER].encode.remote(manifest.version, items)
+        try:
+            vectors: FloatArray = await asyncio.to_thread(answer.result, timeout_s=_ENCODE_S)
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise find_cause(error) or GslError(f"the encoder did not answer ({type(error).__name__})") from error
+        return vectors
 
     async def _resolve(self, name: str) -> str | None:
         # Serve's handles may not block an event loop, and this one answers queries.
@@ -286,6 +329,9 @@ def _check_version(config: ServeConfig) -> Manifest:
         allowed = f"version {manifest.version} has {len(manifest.shards)} shards and every replica holds one or more"
         raise ConfigError("replicas", config.replicas, allowed)
     check_device(config.device, manifest.kind)
+    if config.encoder and not manifest.model:
+        allowed = f"version {manifest.version} was built without a model: vectors are what it is searched for"
+        raise ConfigError("encoder", True, allowed)
     if not is_loopback(config.host) and config.tokens is None:
         raise ConfigError("tokens", None, f"{config.host} lets other machines in: name a file of tokens (gsl token)")
     if config.tokens is not None:
@@ -314,10 +360,26 @@ def _bind(config: ServeConfig, groups: list[str]) -> ray_serve.Application:
         replica.options(name=name, ray_actor_options=takes, **_LIFE).bind(config, group, secret)
         for name, group in names.items()
     ]
+    if config.encoder:
+        encoder = ray_serve.deployment(EncoderShell).options(name=ENCODER, ray_actor_options={"num_cpus": 0}, **_LIFE)
+        names[ENCODER] = ENCODER
+        replicas.append(encoder.bind(config))
     # The router waits more than it works, so it takes no core of its own from the replicas.
     return router.options(name="router", ray_actor_options={"num_cpus": 0}, **_LIFE).bind(
         config, list(names), secret, *replicas
     )
+
+
+async def compact_away(index: str) -> str:
+    """Make the next version in a process of its own, and give its name."""
+    from gsl_dist.cluster.compact import CompactConfig, run_compact
+
+    config = CompactConfig(index=index, promote=False)
+    # It waits for the tasks that do the work, and takes no core from them.
+    work = ray.remote(num_cpus=0)(run_compact).remote(config)
+    with own_errors():
+        made: Manifest = await asyncio.to_thread(ray.get, work)
+    return made.version
 
 
 def check_room(index: str, version: str, shards: tuple[str, ...]) -> None:

@@ -2,7 +2,8 @@
 
 Every reasonable number of probes, and of candidates for each hit where the version keeps vectors, is tried with the
 version's own shards in this process. What no other setting beats in both recall and time is the curve; it is kept in
-the manifest, so that a query may say `recall=0.95` instead of `probes=37`. True neighbours are found by comparing with
+the manifest, so that a query may say `recall=0.95` instead of `probes=37`, and some queries are left with their true
+neighbours for services to measure themselves by. True neighbours are found by comparing with
 all vectors, read from the corpus or from those that the version keeps, so many at a time.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from gsl_dist.errors import ConfigError
 from gsl_dist.evaluate import rank_exact, recall_at
 from gsl_dist.hits import Effort, Hits, merge_topk
 from gsl_dist.index.manifest import Point, note_points
+from gsl_dist.index.sample import Sample, keep_sample
 from gsl_dist.index.search import MAX_K, LocalSearcher, open_searcher
 from gsl_dist.storage import Folder, split_location
 
@@ -35,6 +38,7 @@ _CHUNK_ROWS = 65_536
 _REFINES = (1, 2, 4, 8, 16, 32)
 _ENOUGH = 0.9995
 _TIMED_QUERIES = 200
+_SAMPLE_QUERIES, _SAMPLE_K = 200, 10
 
 
 class TuneConfig(Strict):
@@ -63,7 +67,11 @@ def run_tune(config: TuneConfig, progress: Progress = stay_quiet) -> dict[str, A
     searcher = open_searcher(config.index, config.version, threads=config.resources.threads)
     queries_QD = _read_queries(config, searcher)
     progress("tune", 0, 1, "true neighbours")
-    truth = find_truth(config, searcher, queries_QD)
+    found = find_truth(config, searcher, queries_QD)
+    truth = found.ids
+    few = slice(0, _SAMPLE_QUERIES)
+    kept = replace(found, ids=found.ids[few, :_SAMPLE_K], distances=found.distances[few, :_SAMPLE_K])
+    keep_sample(Folder(config.index), searcher.manifest.version, Sample(queries_QD[few], kept))
     points = [point for k in sorted(set(config.k)) for point in measure_curve(searcher, queries_QD, truth, k, progress)]
     manifest = note_points(Folder(config.index), searcher.manifest, points)
     shown = {"version": manifest.version, "queries": len(queries_QD), "target": config.target}
@@ -74,8 +82,8 @@ def run_tune(config: TuneConfig, progress: Progress = stay_quiet) -> dict[str, A
     return shown | _choose(config, points) | {"points": curve}
 
 
-def find_truth(config: TuneConfig, searcher: LocalSearcher, queries_QD: FloatArray) -> IdArray:
-    """Give the true nearest neighbours of each query (Q, k).
+def find_truth(config: TuneConfig, searcher: LocalSearcher, queries_QD: FloatArray) -> Hits:
+    """Give the true nearest neighbours of each query (Q, k); of distances, smaller is nearer.
 
     Raises:
         ConfigError: the version keeps no vectors, and no corpus is given.
@@ -87,7 +95,7 @@ def find_truth(config: TuneConfig, searcher: LocalSearcher, queries_QD: FloatArr
         hits = Hits(ids_N[found.ids], found.distances, 1, 1)
         best = merge_topk([best, hits], k) if best else hits
     assert best is not None, "an index has rows"
-    return best.ids
+    return best
 
 
 def measure_curve(

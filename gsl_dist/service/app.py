@@ -7,6 +7,7 @@
     POST /v1/items/delete    ends items
     GET  /v1/versions        what the index folder holds and what is served
     POST /v1/promote         serves another version, without losing a query
+    POST /v1/compact         makes what was written part of the next version, and serves that
     POST /v1/echo            reads a search and searches nothing: the yardstick for latency
     GET  /livez, /readyz     the process answers; every shard does
     GET  /healthz            how many shards answer, found out by searching
@@ -37,7 +38,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from gsl_dist.errors import BadInput, Denied, GslError, Overloaded, ShardUnavailable
+from gsl_dist.errors import BadInput, Denied, GslError, Overloaded, QueryError, ShardUnavailable
 from gsl_dist.hits import NO_ID, Effort, Hits
 from gsl_dist.index.log import Operation
 from gsl_dist.index.manifest import current_version, list_versions
@@ -63,6 +64,8 @@ _log = logging.getLogger(__name__)
 Hop = Callable[[Coroutine[Any, Any, Response]], Awaitable[Response]]
 """Does work on the loop of the router, whichever loop the request came in on."""
 
+Compact = Callable[[], Awaitable[str]]
+
 _CODES = {400: "bad_input", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 _GONE = 499
 _CONSOLE = Path(__file__).with_name("console.html")
@@ -82,6 +85,7 @@ class Desk:
         limits: how much a request may ask for.
         access: who may ask.
         encode: makes vectors of raw items; None: vectors are what is searched for.
+        compact: makes the next version of what was written over this one, and gives its name; None: a job does that.
         hop: takes work to the router's loop.
     """
 
@@ -89,6 +93,7 @@ class Desk:
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
     encode: Encode | None = None
+    compact: Compact | None = None
     hop: Hop = stay
 
     async def answer(self, request: Request, scope: Scope, work: Callable[[bytes], Awaitable[Response]]) -> Response:
@@ -134,6 +139,7 @@ def create_app(desk: Desk) -> FastAPI:
     _add_search(app, desk)
     _add_items(app, desk)
     _add_versions(app, desk)
+    _add_compact(app, desk)
     _add_health(app, desk)
     _answer_errors(app)
     return app
@@ -222,6 +228,20 @@ def _add_versions(app: FastAPI, desk: Desk) -> None:
         async def work(body: bytes) -> Response:
             manifest = await router.promote(read_word(body, "version"))
             return show_json({"served": manifest.version, "rows": manifest.rows})
+
+        return await desk.answer(request, "admin", work)
+
+
+def _add_compact(app: FastAPI, desk: Desk) -> None:
+    router = desk.router
+
+    @app.post("/v1/compact", summary="Make what was written part of the next version", openapi_extra=DOCS["compact"])
+    async def compact(request: Request) -> Response:
+        async def work(_: bytes) -> Response:
+            if desk.compact is None:
+                raise QueryError("compact", None, "this service runs no stages; run gsl compact", 404)
+            manifest = await router.promote(await desk.compact())
+            return show_json({"served": manifest.version, "rows": manifest.rows, "seq": manifest.log_seq})
 
         return await desk.answer(request, "admin", work)
 

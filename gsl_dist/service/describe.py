@@ -148,6 +148,9 @@ DOCS: dict[str, Schema] = {
         {"version": "v1"},
         ("400", "401", "403", "404", "429", "503"),
     ),
+    "compact": _describe(
+        {"served": "v-91c04e77a2b3", "rows": 7010, "seq": 44}, errors=("401", "403", "404", "429", "503")
+    ),
     "livez": _describe({"status": "ok"}),
     "readyz": _describe({"status": "ok", "connected": 2, "replicas": 2}, errors=("503",)),
     "healthz": _describe({"status": "ok", **_SHARE}, errors=("503",)),

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -29,11 +30,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from gsl_dist.codebook import FloatArray, IdArray
 from gsl_dist.errors import GslError, Overloaded, QueryError, ShardUnavailable
-from gsl_dist.hits import Effort, Hits, cut_within, merge_topk, show_distances
+from gsl_dist.hits import NO_ID, Effort, Hits, cut_within, merge_topk, show_distances
 from gsl_dist.index.coarse import CoarseStep, Probed, open_coarse
 from gsl_dist.index.log import Write, WriteLog
 from gsl_dist.index.manifest import Manifest, current_version, open_version, promote_version
 from gsl_dist.index.overlay import Overlay, read_overlay
+from gsl_dist.index.sample import Sample, read_sample
 from gsl_dist.index.search import check_effort, check_queries
 from gsl_dist.service.frames import Ask
 from gsl_dist.service.links import Fleet, find_missing
@@ -48,6 +50,7 @@ Asked = tuple[list[Write], asyncio.Future[int]]
 """Writes, and who waits for the number of their commit."""
 
 _POLL_S = 0.05
+_PROBED, _REMEMBERED = 4, 200
 _FEW_FLOATS = 1 << 18
 
 
@@ -60,12 +63,14 @@ class RouterConfig:
         follow_s: how often it looks which version is promoted; None: it stays with the one it began with.
         max_new_rows: rows that may lie over a version; the next ones are refused until it is compacted.
         switch_s: how long the parts of the next version may take to open.
+        probe_s: how often it measures its recall, where `gsl tune` left a sample; None: never.
     """
 
     coarse: Coarse = "router"
     follow_s: float | None = None
     max_new_rows: int = 100_000
     switch_s: float = 300.0
+    probe_s: float | None = None
 
 
 class Served:
@@ -260,6 +265,8 @@ class Router:
         self.meters.tell_version(self._served.manifest)
         if self.config.follow_s is not None:
             self._keep(self._follow(self.config.follow_s))
+        if self.config.probe_s is not None:
+            self._keep(self._probe(self.config.probe_s))
 
     def close(self) -> None:
         """Hang up everywhere."""
@@ -378,6 +385,23 @@ class Router:
             except (GslError, OSError) as error:
                 _log.error("the promoted version cannot be served, %s stays: %s", self.manifest.version, error)
 
+    async def _probe(self, every_s: float) -> None:
+        """Ask some queries whose true neighbours are known now and then, and tell the share that was found."""
+        rng, sample, found = np.random.default_rng(), None, deque[float](maxlen=_REMEMBERED)
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                with self.hold() as served:
+                    version = served.manifest.version
+                    if sample is None or sample.truth.version != version:
+                        sample = await asyncio.to_thread(read_sample, self.index, version)
+                        found.clear()
+                    if sample is not None:
+                        found.extend(await _measure_recall(served, sample, rng))
+                        self.meters.recall.labels(str(sample.truth.ids.shape[1])).set(float(np.mean(found)))
+            except (GslError, OSError) as error:
+                _log.warning("recall was not measured: %s", error)
+
     async def _drain(self, going: Served) -> None:
         while going.users:
             await asyncio.sleep(_POLL_S)
@@ -395,6 +419,14 @@ class Router:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def _measure_recall(served: Served, sample: Sample, rng: np.random.Generator) -> list[float]:
+    rows = rng.choice(len(sample.queries_QD), size=min(_PROBED, len(sample.queries_QD)), replace=False)
+    queries, truth = sample.lay_over(served.overlay, rows)
+    hits = await served.search(queries, Effort(truth.shape[1]))
+    known = [(own[own != NO_ID], got) for own, got in zip(truth, hits.ids, strict=True)]
+    return [float(np.isin(own, got).mean()) for own, got in known if len(own)]
 
 
 def _check_each(came: Sequence[Asked], overlay: Overlay) -> tuple[list[Asked], list[Write]]:

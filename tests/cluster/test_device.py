@@ -24,7 +24,8 @@ from gsl_dist.index import search as searching  # noqa: E402
 from gsl_dist.index.lists import open_lists  # noqa: E402
 from gsl_dist.index.search import open_searcher  # noqa: E402
 from gsl_dist.quantizers import regions  # noqa: E402
-from gsl_dist.service.replica import Replica  # noqa: E402
+from gsl_dist.service.frames import Ask  # noqa: E402
+from gsl_dist.service.replica import Holding  # noqa: E402
 from gsl_dist.wire import pack_query, unpack_hits  # noqa: E402
 
 ROWS = 400
@@ -67,10 +68,7 @@ def test_a_replica_answers_from_a_device_what_it_answers_from_a_processor(pair):
     body = pack_query(make_queries(), Effort(10, 8, 1))
     found = []
     for searcher in pair:
-        replica = Replica(searcher)
-        replica.start()
-        status, answer = replica.answer(body)
-        replica.stop()
+        status, answer = Holding("v1", searcher.shards, searcher).answer(Ask.SEARCH, body)
         assert status == 0, answer
         found.append(unpack_hits(answer))
     assert_alike(*found)
@@ -175,8 +173,8 @@ def test_a_replica_on_a_processor_does_without_torch(kind, tmp_path):
     make_index(tmp_path, codebook=make_codebook(kind))
     code = (
         "import sys; from gsl_dist.cluster.device import place_searcher; "
-        "from gsl_dist.service.replica import Replica; from gsl_dist.index.search import open_searcher; "
-        f"Replica(place_searcher(open_searcher({str(tmp_path)!r}), 'auto')).probe(); print('torch' in sys.modules)"
+        "from gsl_dist.service.replica import probe; from gsl_dist.index.search import open_searcher; "
+        f"probe(place_searcher(open_searcher({str(tmp_path)!r}), 'auto')); print('torch' in sys.modules)"
     )
     root, hidden = Path(__file__).resolve().parents[2], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=hidden, check=True)

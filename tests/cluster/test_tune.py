@@ -85,9 +85,9 @@ def test_true_neighbours_are_those_of_all_vectors_read_in_pieces(tmp_path, monke
     monkeypatch.setattr("gsl_dist.cluster.tune._CHUNK_ROWS", 37)
     make_world(tmp_path, metric=metric)
     searcher = open_searcher(str(tmp_path / "index"))
-    kept = find_truth(settings(tmp_path), searcher, make_queries(30))
+    kept = find_truth(settings(tmp_path), searcher, make_queries(30)).ids
     assert np.array_equal(kept, rank_by_hand(metric)[:, :10])
-    read = find_truth(settings(tmp_path, corpus={"path": str(tmp_path / "corpus.npy")}), searcher, make_queries(30))
+    read = find_truth(settings(tmp_path, corpus={"path": str(tmp_path / "corpus.npy")}), searcher, make_queries(30)).ids
     assert np.mean(read == kept) > 0.98, "float16 may turn near ties"
 
 

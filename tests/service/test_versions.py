@@ -1,5 +1,6 @@
 """From one version to the next while queries run: none fails, none is answered from two."""
 
+import re
 import threading
 import time
 
@@ -9,11 +10,13 @@ import pytest
 
 pytest.importorskip("uvicorn")
 from fleets import World
-from worlds import make_codebook, make_index, make_queries
+from worlds import make_codebook, make_index, make_queries, make_vectors
 
 from gsl_dist.client import Client
 from gsl_dist.errors import ConfigError, GslError, QueryError
+from gsl_dist.hits import Hits
 from gsl_dist.index.manifest import current_version, promote_version
+from gsl_dist.index.sample import Sample, keep_sample, read_sample
 from gsl_dist.index.search import open_searcher
 from gsl_dist.storage import Folder
 
@@ -111,4 +114,33 @@ def test_fewer_shards_than_replicas_leave_some_without_any(tmp_path):
         hits = client.search(make_queries(), 5, 8, require_all=True)
         assert np.array_equal(hits.ids, open_searcher(str(tmp_path), "v2").search(make_queries(), 5, probes=8).ids)
     assert httpx.get(f"{world.url}/readyz").json()["replicas"] == 1
+    world.stop()
+
+
+def test_recall_is_measured_on_a_sample_that_was_left_and_counts_what_was_written(tmp_path):
+    make_index(tmp_path, vectors="float16")
+    vectors, queries = make_vectors(), make_queries(30)
+    far = ((queries[:, None] - vectors) ** 2).sum(2)
+    ids = np.argsort(far, axis=1)[:, :10]
+    truth = Hits(ids.astype(np.int64), np.take_along_axis(far, ids, 1).astype(np.float32), 1, 1)
+    keep_sample(Folder(str(tmp_path)), "v1", Sample(queries, truth))
+    world = World(tmp_path, probe_s=0.02)
+
+    def recall():
+        end = time.monotonic() + 10
+        while not (found := re.findall(r'gsl_recall\{k="10"\} (\S+)', httpx.get(f"{world.url}/metrics").text)):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        return float(found[0])
+
+    with Client(world.url) as client:
+        hits = client.search(queries, 10)
+        expected = np.mean([len(set(own) & set(got)) / 10 for own, got in zip(ids, hits.ids, strict=True)])
+        time.sleep(1)
+        assert recall() == pytest.approx(expected, abs=0.1)
+        sample = read_sample(Folder(str(tmp_path)), "v1")
+        client.delete(np.unique(ids[:, 0]).tolist())
+        client.upsert(range(1000, 1030), queries)
+        _, now = sample.lay_over(world.router.overlay, np.arange(30))
+        assert (now[:, 0] == np.arange(1000, 1030)).all() and not np.isin(ids[:, 0], now).any()
     world.stop()
