@@ -235,7 +235,7 @@ def search(  # noqa: PLR0913 - the options of a command
 ) -> None:
     """Search a version for the neighbours of a vector file or an image.
 
-    A service takes vectors; for an image give the index folder, which holds the encoder.
+    An image passes through the encoder of the version; a service has one if it was started with `encoder=true`.
 
     Example: gsl search build/demo/index coat.png -k 5
     """
@@ -352,8 +352,13 @@ def show_figures(title: str, figures: dict[str, Any]) -> None:
 def _search_service(url: str, query: Path, effort: Effort) -> Hits:
     from gsl_dist.client import Client
 
-    with Client(url) as client:
-        return client.search(_read_vectors(query), **effort._asdict())
+    with Client(url, timeout_s=60) as client:
+        if _is_vectors(query):
+            return client.search(_read_vectors(query), **effort._asdict())
+        try:
+            return client.search(items=[query.read_bytes()], **effort._asdict())
+        except OSError as error:
+            raise BadInput("query", str(query), f"it must be a readable file ({error})") from error
 
 
 def _search_folder(index: str, query: Path, effort: Effort, version: str | None) -> Hits:
@@ -386,8 +391,6 @@ def _is_vectors(query: Path) -> bool:
 def _read_vectors(query: Path) -> NDArray[np.float32]:
     from gsl_dist.data import CorpusConfig, open_corpus
 
-    if not _is_vectors(query):
-        raise BadInput("query", str(query), "a service takes vectors: a .npy or .fvecs file")
     vectors: NDArray[np.float32] = open_corpus(CorpusConfig(path=str(query))).read_all().items
     return vectors
 

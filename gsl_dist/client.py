@@ -11,6 +11,7 @@ Importing this module loads neither torch, Ray nor faiss.
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class Calls:
         probes: int | None = None,
         *,
         ids: Sequence[int] | None = None,
+        items: Sequence[bytes | ArrayLike] | None = None,
         refine: int | None = None,
         recall: float | None = None,
         where: Mapping[str, Any] | None = None,
@@ -63,13 +65,17 @@ class Calls:
         require_all: bool = False,
         timeout_s: float | None = None,
     ) -> Call:
-        """Ask for the nearest items of vectors, or of items."""
+        """Ask for the nearest items of vectors, of items, or of raw items."""
         options: dict[str, Any] = {"require_all": require_all, "offset": offset, "timeout_s": timeout_s}
         options |= {"group_by": group_by, "group_size": group_size if group_by is not None else None}
-        if ids is not None:
+        if ids is not None or items is not None:
             effort = {"k": k, "probes": probes, "refine": refine, "recall": recall, "where": where, "within": within}
-            body = {"ids": [int(item) for item in ids], "payload": list(payload), **effort, **options}
-            return _post("/v1/search", _keep(body), _read_shown)
+            source = (
+                {"ids": [int(item) for item in ids]}
+                if ids is not None
+                else {"items": _show_items(() if items is None else items)}
+            )
+            return _post("/v1/search", _keep({**source, "payload": list(payload), **effort, **options}), _read_shown)
         words = {"require_all": "true" if require_all else None, "offset": offset or None}
         params = [*_keep(options | words).items(), *(("payload", name) for name in payload)]
         body_bytes = pack_query(_as_matrix(queries), Effort(k, probes, refine, recall, where, within))
@@ -147,6 +153,7 @@ class Client:
         probes: int | None = None,
         *,
         ids: Sequence[int] | None = None,
+        items: Sequence[bytes | ArrayLike] | None = None,
         refine: int | None = None,
         recall: float | None = None,
         where: Mapping[str, Any] | None = None,
@@ -165,6 +172,7 @@ class Client:
             k: neighbours wanted for each.
             probes: lists to look into, cells or regions; by default 16 cells, or all if there are fewer.
             ids: items like which others are wanted, instead of queries.
+            items: raw items for the encoder of the service, files as bytes or arrays of numbers, instead of queries.
             refine: candidates for each hit, ranked again by the vectors kept; by default 4 where they are.
             recall: the share of true neighbours to find, instead of probes and refine, as `gsl tune` measured it.
             where: which items may be hits, by payload columns and `id` (`gsl_dist.filters`).
@@ -391,6 +399,10 @@ def _as_rows(payload: Sequence[Mapping[str, Any]] | Mapping[str, Any], count: in
             "payload", _Shown(f"{len(rows)} rows"), f"there must be one for each of {count} ids, or one for all"
         )
     return [dict(row) for row in rows]
+
+
+def _show_items(items: Sequence[bytes | ArrayLike]) -> list[Any]:
+    return [base64.b64encode(item).decode() if isinstance(item, bytes) else np.asarray(item).tolist() for item in items]
 
 
 def _put_off(answer: httpx.Response, deadline: float) -> float | None:

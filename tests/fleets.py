@@ -19,7 +19,9 @@ from gsl_dist.service.router import Router, RouterConfig
 class World:
     """Replicas and a router of one index in this process."""
 
-    def __init__(self, folder, replicas=2, copies=1, limits=None, timeout_s=5.0, tokens=None, threads=1, **how):
+    def __init__(
+        self, folder, replicas=2, copies=1, limits=None, timeout_s=5.0, tokens=None, threads=1, rpc=None, **how
+    ):
         self.folder, self.local, self.threads = str(folder), open_searcher(str(folder)), threads
         self.groups = spread_shards(self.local.manifest.shards, replicas)
         self.replicas, self.addresses = {}, {}
@@ -29,7 +31,9 @@ class World:
         fleet = Fleet(self.resolve, replicas, copies, "secret", timeout_s=timeout_s, load_s=20)
         self.router = Router(self.folder, fleet, config=RouterConfig(**how))
         self.desk = Desk(self.router, limits or Limits(), Access(tokens))
-        self.door = DirectDoor(self.router, create_app(self.desk), host="127.0.0.1", port=0)
+        beside = rpc and rpc(self.desk, host="127.0.0.1", port=0)
+        self.door = DirectDoor(self.router, create_app(self.desk), host="127.0.0.1", port=0, beside=beside)
+        self.rpc = beside
         self.door.start()
         self.url = f"http://127.0.0.1:{self.door.port}"
         self.await_shards(len(self.local.manifest.shards))

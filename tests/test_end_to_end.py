@@ -1,8 +1,10 @@
 """The whole pipeline on a small corpus: every stage once, then what must hold between them."""
 
 import json
+import shutil
 
 import faiss
+import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +20,7 @@ from gsl_dist.cluster.model import load_encoder, load_trained_codebook
 from gsl_dist.cluster.serve import ServeConfig, serve, stop_service
 from gsl_dist.cluster.train import TrainConfig, run_train
 from gsl_dist.config import check_config
-from gsl_dist.errors import ArtefactError, BadInput, ConfigError, DataError
+from gsl_dist.errors import ArtefactError, BadInput, ConfigError, DataError, QueryError
 from gsl_dist.index.manifest import current_version, open_version, verify_version
 from gsl_dist.index.search import open_searcher
 from gsl_dist.index.shards import extract_codebook
@@ -352,3 +354,29 @@ def test_composite_codes_are_served_by_look_ups_alone(ray_session, tmp_path):
     place = {int(item): at for at, item in enumerate(ids)}
     mine = [[row[place[int(item)]] for item in items] for row, items in zip(wanted, found, strict=True)]
     np.testing.assert_allclose(mine, distances, rtol=1e-3, atol=1e-3)
+
+
+def test_a_service_with_an_encoder_takes_raw_items_and_makes_writes_part_of_the_next_version(world, tmp_path):
+    shutil.copytree(world / "index", tmp_path / "index")
+    raw, _ = make_clusters(100, 16, 5, seed=3)
+    vectors, before = query_vectors(world), open_version(Folder(tmp_path / "index")).version
+    settings = {"index": str(tmp_path / "index"), "replicas": 2, "port": 0, "encoder": True}
+    service = serve(check_config(ServeConfig, settings | {"resources": {"cpus": 0.5}}))
+    try:
+        with Client(service.url, timeout_s=120) as client:
+            found, expected = client.search(items=raw[:5], k=10, probes=8), client.search(vectors[:5], 10, 8)
+            assert np.array_equal(found.ids, expected.ids)
+            np.testing.assert_allclose(found.distances, expected.distances, atol=1e-4)
+            with pytest.raises(QueryError, match=r"items\[1\]"):
+                client.search(items=[raw[0], raw[1][:3]])
+            client.upsert(range(90_000, 90_005), vectors[:5], {"label": 4})
+            client.delete(expected.ids[:, 0].tolist())
+            written = client.search(vectors[:5], 5, 8, payload=["label"])
+            assert written.ids[:, 0].tolist() == list(range(90_000, 90_005))
+            answer = httpx.post(f"{service.url}/v1/compact", timeout=120).json()
+            assert answer["served"] != before and answer["seq"] == 2 and client.versions()["new_rows"] == 0
+            after = client.search(vectors[:5], 5, 8, where={"label": 4, "id": {"$gte": 90_000}})
+            assert sorted(after.ids[0].tolist()) == list(range(90_000, 90_005))
+            assert not np.isin(expected.ids[:, 0], client.search(vectors[:5], 50, 8).ids).any()
+    finally:
+        stop_service()

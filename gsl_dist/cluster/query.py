@@ -19,6 +19,8 @@ from gsl_dist.index.manifest import Manifest, version_folder
 from gsl_dist.index.search import check_queries
 from gsl_dist.storage import Folder
 
+_IMAGE_AXES = 3  # height, width, channels
+
 
 class QueryEncoder:
     """Makes vectors of raw items by the encoder of a version, as its corpus was encoded.
@@ -35,7 +37,8 @@ class QueryEncoder:
         self._manifest = manifest
         self._encoder, card = load_encoder(version_folder(Folder(index), manifest.version).path("model"))
         self._shape = tuple(card.facts["item_shape"])
-        self._image = card.config.get("corpus", {}).get("image")
+        is_image = len(self._shape) == _IMAGE_AXES
+        self._image = ImageConfig(**card.config["corpus"]["image"]) if is_image else None
 
     def encode(self, items: Sequence[bytes | NDArray[Any]]) -> FloatArray:
         """Give the vectors of files and of arrays of numbers.
@@ -64,7 +67,7 @@ class QueryEncoder:
         try:
             if isinstance(item, bytes) and self._image is None:
                 raise ValueError("this encoder takes numbers, not files")
-            read = decode_image(item, ImageConfig(**self._image)) if isinstance(item, bytes) else item
+            read = decode_image(item, self._image) if self._image and isinstance(item, bytes) else np.asarray(item)
             if self._image and not ((read >= 0) & (read <= 255)).all():
                 raise ValueError("pixels are 0 to 255")
             read = read.astype(np.uint8 if self._image else np.float32)

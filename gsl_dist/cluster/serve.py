@@ -88,6 +88,7 @@ class ServeConfig(Strict):
     replicas: int = Field(default=1, ge=1, description="processes that the shards are spread over")
     host: str = Field(default="127.0.0.1", description="where to listen; 0.0.0.0 lets other machines in")
     port: int = Field(default=8080, ge=0, le=65535, description="the direct port; 0 for any free one")
+    grpc_port: int | None = Field(default=None, ge=1, le=65535, description="the port for gRPC; None: there is none")
     route_prefix: str = Field(default="/", pattern=r"^/", description="the path below which Serve's own door answers")
     serve_port: int = Field(default=8000, ge=1, le=65535, description="the port of Serve's own door")
     copies: int = Field(default=1, ge=1, description="processes that hold the same shards and stand in for each other")
@@ -221,7 +222,12 @@ class RouterShell:
         )
         app = create_app(desk)
         certificate = Certificate(config.tls.cert, config.tls.key) if config.tls else None
-        self._door = DirectDoor(router, app, host=config.host, port=config.port, certificate=certificate)
+        beside = None
+        if config.grpc_port is not None:
+            from gsl_dist.service.rpc import RpcDoor
+
+            beside = RpcDoor(desk, host=config.host, port=config.grpc_port, certificate=certificate)
+        self._door = DirectDoor(router, app, host=config.host, port=config.port, certificate=certificate, beside=beside)
         self._door.start()
         self._url = f"{'https' if config.tls else 'http'}://{reachable_host(config.host)}:{self._door.port}"
         global _served_app
@@ -277,8 +283,9 @@ def serve(config: ServeConfig) -> Service:
     manifest = _check_version(config)
     groups = spread_shards(manifest.shards, config.replicas)
     stop_service()
-    if is_loopback(config.host) and config.port:
-        bind_port(config.host, config.port).close()
+    for port in (config.port, config.grpc_port):
+        if is_loopback(config.host) and port:
+            bind_port(config.host, port).close()
     http = HTTPOptions(host=config.host, port=config.serve_port)
     ray_serve.start(http_options=http, logging_config=LoggingConfig(enable_access_log=False))
     target = ray_serve.RunTarget(

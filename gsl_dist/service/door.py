@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import uvicorn
 import uvloop
@@ -34,6 +34,14 @@ class Certificate:
     key: str
 
 
+class Beside(Protocol):
+    """Another door, which opens and closes with the direct one."""
+
+    async def start(self) -> None: ...  # noqa: D102
+
+    async def stop(self) -> None: ...  # noqa: D102
+
+
 class DirectDoor:
     """Runs a router and uvicorn on one event loop, in a thread of this process.
 
@@ -43,12 +51,20 @@ class DirectDoor:
         host: the address to bind.
         port: the port; 0 for any free one.
         certificate: for HTTPS.
+        beside: another door on the same loop.
     """
 
     def __init__(
-        self, router: Router, app: FastAPI, *, host: str, port: int, certificate: Certificate | None = None
+        self,
+        router: Router,
+        app: FastAPI,
+        *,
+        host: str,
+        port: int,
+        certificate: Certificate | None = None,
+        beside: Beside | None = None,
     ) -> None:
-        self.router, self._socket = router, bind_port(host, port)
+        self.router, self._beside, self._socket = router, beside, bind_port(host, port)
         self.port = int(self._socket.getsockname()[1])
         self.loop = uvloop.new_event_loop()
         shown = {"ssl_certfile": certificate.cert, "ssl_keyfile": certificate.key} if certificate else {}
@@ -85,7 +101,11 @@ class DirectDoor:
 
     async def _serve(self) -> None:
         self.router.start()
+        if self._beside is not None:
+            await self._beside.start()
         await self._server.serve(sockets=[self._socket])
+        if self._beside is not None:
+            await self._beside.stop()
         self.router.close()
 
 

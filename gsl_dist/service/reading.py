@@ -114,6 +114,15 @@ def read_question(kind: str, body: bytes, params: Any, manifest: Manifest, limit
     """
     readers = {QUERY_TYPE: _read_binary, ARROW_TYPE: _read_arrow}
     fields = readers[kind](body, params) if kind in readers else _read_json(body, params)
+    return settle_question(fields, manifest, limits)
+
+
+def settle_question(fields: dict[str, Any], manifest: Manifest, limits: Limits) -> Question:
+    """Check what a search request says in its fields, however it came; they are used up.
+
+    Raises:
+        QueryError: anything in them is not as it should be.
+    """
     version = fields.pop("version", None)
     if version not in (None, manifest.version):
         raise QueryError("version", version, f"{manifest.version} is the version served here", 404)
