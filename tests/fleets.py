@@ -20,22 +20,33 @@ class World:
     """Replicas and a router of one index in this process."""
 
     def __init__(
-        self, folder, replicas=2, copies=1, limits=None, timeout_s=5.0, tokens=None, threads=1, rpc=None, **how
+        self,
+        folder,
+        replicas=2,
+        copies=1,
+        limits=None,
+        timeout_s=5.0,
+        tokens=None,
+        threads=1,
+        rpc=None,
+        tls=None,
+        **how,
     ):
-        self.folder, self.local, self.threads = str(folder), open_searcher(str(folder)), threads
+        self.folder, self.local, self.threads, self.tls = str(folder), open_searcher(str(folder)), threads, tls
         self.groups = spread_shards(self.local.manifest.shards, replicas)
         self.replicas, self.addresses = {}, {}
         self.parts = {name: shards for group, shards in self.groups.items() for name in name_copies(group, copies)}
         for name in self.parts:
             self.begin(name)
-        fleet = Fleet(self.resolve, replicas, copies, "secret", timeout_s=timeout_s, load_s=20)
+        fleet = Fleet(self.resolve, replicas, copies, "secret", tls and tls.reach(), timeout_s=timeout_s, load_s=20)
         self.router = Router(self.folder, fleet, config=RouterConfig(**how))
         self.desk = Desk(self.router, limits or Limits(), Access(tokens))
         beside = rpc and rpc(self.desk, host="127.0.0.1", port=0)
-        self.door = DirectDoor(self.router, create_app(self.desk), host="127.0.0.1", port=0, beside=beside)
+        self.door = DirectDoor(self.router, create_app(self.desk), host="127.0.0.1", port=0, tls=tls, beside=beside)
         self.rpc = beside
         self.door.start()
-        self.url = f"http://127.0.0.1:{self.door.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.door.port}"
+        self.verify = tls.reach() if tls else True
         self.await_shards(len(self.local.manifest.shards))
 
     async def resolve(self, name):
@@ -45,7 +56,9 @@ class World:
         return open_searcher(self.folder, version, names=shards)
 
     def begin(self, name):
-        self.replicas[name] = Replica(self.open, secret="secret", threads=self.threads, grace_s=0.2)
+        self.replicas[name] = Replica(
+            self.open, secret="secret", threads=self.threads, tls=self.tls and self.tls.listen(), grace_s=0.2
+        )
         self.holding(name)
         self.addresses[name] = self.replicas[name].start()
 
@@ -62,8 +75,11 @@ class World:
     def await_shards(self, count):
         end = time.monotonic() + 20
         while time.monotonic() < end:
-            answer = httpx.get(f"{self.url}/healthz").json()
-            if answer.get("shards_answered", 0) == count and httpx.get(f"{self.url}/readyz").is_success:
+            answer = httpx.get(f"{self.url}/healthz", verify=self.verify).json()
+            if (
+                answer.get("shards_answered", 0) == count
+                and httpx.get(f"{self.url}/readyz", verify=self.verify).is_success
+            ):
                 return
             time.sleep(0.02)
         raise AssertionError(f"{count} shards never answered")

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import os
 import secrets
-import ssl
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +40,14 @@ from gsl_dist.index.manifest import Manifest, open_version, verify_version
 from gsl_dist.index.search import LocalSearcher, open_searcher
 from gsl_dist.service.access import Access, read_tokens
 from gsl_dist.service.app import Desk, create_app
-from gsl_dist.service.door import Certificate, DirectDoor, bind_port
+from gsl_dist.service.door import DirectDoor, bind_port
 from gsl_dist.service.links import Fleet, name_copies, spread_shards
+from gsl_dist.service.meters import Meters
 from gsl_dist.service.reading import Limits
 from gsl_dist.service.replica import Replica, is_loopback
 from gsl_dist.service.router import Coarse, Router, RouterConfig
+from gsl_dist.service.tls import Tls
+from gsl_dist.service.traces import open_tracer
 from gsl_dist.storage import Folder
 
 APP, ENCODER = "gsl", "encoder"
@@ -58,26 +60,6 @@ _LIFE = {
     "graceful_shutdown_wait_loop_s": 0.2,
     "graceful_shutdown_timeout_s": 5.0,
 }
-
-
-class Tls(Strict):
-    """The certificate of a service, in files that every node has."""
-
-    cert: str = Field(description="PEM: the certificate, and those that vouch for it")
-    key: str = Field(description="PEM: its private key")
-    authority: str | None = Field(default=None, description="PEM: who vouches for it; None: it vouches for itself")
-
-    def listen(self) -> ssl.SSLContext:
-        """Give what a replica listens with."""
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(self.cert, self.key)
-        return context
-
-    def reach(self) -> ssl.SSLContext:
-        """Give what a router reaches replicas with: they must have this certificate, wherever they are."""
-        context = ssl.create_default_context(cafile=self.authority or self.cert)
-        context.check_hostname = False
-        return context
 
 
 class ServeConfig(Strict):
@@ -104,6 +86,9 @@ class ServeConfig(Strict):
     encoder: bool = Field(default=False, description="encode raw items in the service: one process more, with torch")
     tokens: Location | None = Field(
         default=None, description="the file of tokens that gsl token writes; needed where other machines are let in"
+    )
+    traces: str | None = Field(
+        default=None, description="where spans are sent, as OTLP over HTTP: http://127.0.0.1:4318/v1/traces"
     )
     tls: Tls | None = Field(default=None, description="HTTPS at the direct port and encrypted links to the replicas")
     device: Device = Field(default="auto", description="what searches codes of lines: auto, cpu or cuda")
@@ -212,7 +197,8 @@ class RouterShell:
         )
         follow_s = None if config.version else config.follow_s
         how = RouterConfig(config.coarse, follow_s, config.max_new_rows, config.start_timeout_s, config.probe_s)
-        router = Router(config.index, fleet, version=config.version, config=how)
+        meters = Meters(open_tracer(config.traces) if config.traces else None)
+        router = Router(config.index, fleet, version=config.version, config=how, meters=meters)
         desk = Desk(
             router,
             Limits(config.max_batch, config.max_body_bytes, config.max_requests),
@@ -221,13 +207,12 @@ class RouterShell:
             functools.partial(compact_away, config.index),
         )
         app = create_app(desk)
-        certificate = Certificate(config.tls.cert, config.tls.key) if config.tls else None
         beside = None
         if config.grpc_port is not None:
             from gsl_dist.service.rpc import RpcDoor
 
-            beside = RpcDoor(desk, host=config.host, port=config.grpc_port, certificate=certificate)
-        self._door = DirectDoor(router, app, host=config.host, port=config.port, certificate=certificate, beside=beside)
+            beside = RpcDoor(desk, host=config.host, port=config.grpc_port, tls=config.tls)
+        self._door = DirectDoor(router, app, host=config.host, port=config.port, tls=config.tls, beside=beside)
         self._door.start()
         self._url = f"{'https' if config.tls else 'http'}://{reachable_host(config.host)}:{self._door.port}"
         global _served_app
@@ -343,6 +328,8 @@ def _check_version(config: ServeConfig) -> Manifest:
         raise ConfigError("tokens", None, f"{config.host} lets other machines in: name a file of tokens (gsl token)")
     if config.tokens is not None:
         read_tokens(config.tokens)
+    if config.tls is not None:
+        config.tls.listen()
     if config.resources.workers != 1:
         raise ConfigError("resources.workers", config.resources.workers, "`replicas` says how many processes serve")
     # A version far away is not read twice: there the replicas alone verify what they open.

@@ -99,6 +99,15 @@ class Desk:
 
     async def answer(self, request: Request, scope: Scope, work: Callable[[bytes], Awaitable[Response]]) -> Response:
         """Let a request pass and give its answer, or say why there is none."""
+        tracer = self.router.meters.tracer
+        if tracer is None:
+            return await self._answer(request, scope, work)
+        with tracer.trace(request.url.path, request.headers) as span:
+            response = await self._answer(request, scope, work)
+            span.set_attribute("http.response.status_code", response.status_code)
+            return response
+
+    async def _answer(self, request: Request, scope: Scope, work: Callable[[bytes], Awaitable[Response]]) -> Response:
         meters, start, route = self.router.meters, time.perf_counter(), request.url.path
         name, status = request.headers.get("x-request-id") or uuid.uuid4().hex[:16], 500
         meters.open.inc()

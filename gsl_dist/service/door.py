@@ -6,7 +6,6 @@ import asyncio
 import socket
 import threading
 from collections.abc import Awaitable, Coroutine
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import uvicorn
@@ -15,23 +14,11 @@ from fastapi import FastAPI
 
 from gsl_dist.errors import ConfigError
 from gsl_dist.service.router import Router
+from gsl_dist.service.tls import Tls
 
 T = TypeVar("T")
 
 _KEEP_ALIVE_S = 75
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """The files by which a door shows who it is.
-
-    Args:
-        cert: the certificate, and those that vouch for it.
-        key: its private key.
-    """
-
-    cert: str
-    key: str
 
 
 class Beside(Protocol):
@@ -50,7 +37,7 @@ class DirectDoor:
         app: the app that searches through it.
         host: the address to bind.
         port: the port; 0 for any free one.
-        certificate: for HTTPS.
+        tls: for HTTPS.
         beside: another door on the same loop.
     """
 
@@ -61,13 +48,13 @@ class DirectDoor:
         *,
         host: str,
         port: int,
-        certificate: Certificate | None = None,
+        tls: Tls | None = None,
         beside: Beside | None = None,
     ) -> None:
         self.router, self._beside, self._socket = router, beside, bind_port(host, port)
         self.port = int(self._socket.getsockname()[1])
         self.loop = uvloop.new_event_loop()
-        shown = {"ssl_certfile": certificate.cert, "ssl_keyfile": certificate.key} if certificate else {}
+        shown = {"ssl_certfile": tls.cert, "ssl_keyfile": tls.key} if tls else {}
         # Ray Serve owns the process: signals, logging and the app's life are not uvicorn's here.
         self._server = uvicorn.Server(
             uvicorn.Config(

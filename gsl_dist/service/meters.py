@@ -8,14 +8,20 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from gsl_dist.index.manifest import Manifest
 from gsl_dist.index.overlay import Overlay
+from gsl_dist.service.traces import Tracer
 
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 class Meters:
-    """The figures of one router: rates, latencies by stage, failures, what is served and how well."""
+    """The figures of one router: rates, latencies by stage, failures, what is served and how well.
 
-    def __init__(self) -> None:
+    Args:
+        tracer: makes spans of stages; None: nobody does.
+    """
+
+    def __init__(self, tracer: Tracer | None = None) -> None:
+        self.tracer = tracer
         self.registry = CollectorRegistry()
         own = self.registry
         self.requests = Counter("gsl_requests", "Requests answered.", ["route", "status"], registry=own)
@@ -39,6 +45,8 @@ class Meters:
         """Note how long a stage took since a time of `perf_counter`, and give the time now."""
         now = time.perf_counter()
         self._stages[stage].observe(now - start)
+        if self.tracer is not None and stage != "request":
+            self.tracer.note(stage, now - start)
         return now
 
     def tell_version(self, manifest: Manifest) -> None:

@@ -17,9 +17,9 @@ from gsl_dist.errors import BadInput, ConfigError, Denied, GslError, Overloaded,
 from gsl_dist.hits import Hits
 from gsl_dist.service.app import Desk
 from gsl_dist.service.asking import answer_question
-from gsl_dist.service.door import Certificate
 from gsl_dist.service.reading import settle_question
 from gsl_dist.service.search_pb2 import SearchReply, SearchRequest
+from gsl_dist.service.tls import Tls
 from gsl_dist.wire import pack_table
 
 SERVICE = "gsl.v1.Search"
@@ -35,11 +35,11 @@ class RpcDoor:
         desk: what every request goes through.
         host: the address to bind.
         port: the port; 0 for any free one.
-        certificate: for TLS.
+        tls: for encryption.
     """
 
-    def __init__(self, desk: Desk, *, host: str, port: int, certificate: Certificate | None = None) -> None:
-        self._desk, self._place, self._certificate = desk, f"{host}:{port}", certificate
+    def __init__(self, desk: Desk, *, host: str, port: int, tls: Tls | None = None) -> None:
+        self._desk, self._place, self._tls = desk, f"{host}:{port}", tls
         self.port = 0
         self._server: grpc.aio.Server | None = None
 
@@ -86,9 +86,9 @@ class RpcDoor:
             await context.abort(_find_code(error), str(error))
 
     def _bind(self, server: grpc.aio.Server) -> int:
-        if self._certificate is None:
+        if self._tls is None:
             return int(server.add_insecure_port(self._place))
-        pair = (Path(self._certificate.key).read_bytes(), Path(self._certificate.cert).read_bytes())
+        pair = (Path(self._tls.key).read_bytes(), Path(self._tls.cert).read_bytes())
         return int(server.add_secure_port(self._place, grpc.ssl_server_credentials([pair])))
 
 
