@@ -307,6 +307,26 @@ def token(
 
 
 @app.command()
+def delete(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="the URL of a service, or a folder that none serves")],
+    ids: Annotated[list[int], typer.Argument(help="the items")],
+    token: Annotated[str | None, typer.Option(envvar="GSL_TOKEN", help="of scope admin, if the service asks")] = None,
+) -> None:
+    """End items: no query finds them from then on.
+
+    Example: gsl delete http://127.0.0.1:8080 17 42
+    """
+    if "://" in target:
+        from gsl_dist.client import Client
+
+        with Client(target, token=token) as client:
+            seq = client.delete(ids)
+    else:
+        seq = _delete_in_folder(target, ids)
+    console.print(f"commit {seq}: {len(ids)} items ended")
+
+
+@app.command()
 def verify(index: Index, version: Annotated[str | None, typer.Argument(metavar="[VERSION]")] = None) -> None:
     """Check every checksum and fingerprint of a version, by default the promoted one.
 
@@ -347,6 +367,18 @@ def show_figures(title: str, figures: dict[str, Any]) -> None:
     for name, value in sorted(figures.items()):
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
+
+
+def _delete_in_folder(index: str, ids: list[int]) -> int:
+    from gsl_dist.index.log import Write, WriteLog
+    from gsl_dist.index.manifest import open_version
+    from gsl_dist.index.overlay import read_overlay
+    from gsl_dist.storage import Folder
+
+    folder = Folder(index)
+    manifest, log = open_version(folder), WriteLog(folder)
+    writes = read_overlay(folder, manifest, log).check([Write("delete", item) for item in ids])
+    return log.append(writes, manifest.space)
 
 
 def _search_service(url: str, query: Path, effort: Effort) -> Hits:

@@ -181,3 +181,23 @@ def test_inputs_that_are_not_there_are_refused_before_anything_is_written(gsl, t
     assert_refused(gsl("build", "build.yaml"), "there is no finished codes here")
     assert_refused(gsl("build", "none.yaml"), "none.yaml", "readable YAML file")
     assert [path.name for path in tmp_path.iterdir()] == ["build.yaml"]
+
+
+def test_a_deleted_item_is_in_no_answer_of_the_folder(gsl, index):
+    code, out, _ = gsl("search", index, "queries.npy", "-k", 3, "--probes", 8, "--json")
+    gone = json.loads(out)["ids"][0][:2]
+    code, out, _ = gsl("delete", index, *gone)
+    assert code == 0 and "commit 1: 2 items ended" in out
+    after = json.loads(gsl("search", index, "queries.npy", "-k", 50, "--probes", 8, "--json")[1])
+    assert not {item for row in after["ids"] for item in row} & set(gone)
+    assert_refused(gsl("delete", index, "--", -4), "items[0].id", "-4")
+
+
+def test_a_token_is_shown_once_and_never_twice_for_one_name(gsl, tmp_path):
+    code, out, _ = gsl("token", "tokens.json", "dashboard")
+    assert code == 0 and len(out.strip()) > 40
+    kept = json.loads((tmp_path / "tokens.json").read_text())["tokens"]
+    assert [(token["name"], token["scope"]) for token in kept] == [("dashboard", "read")]
+    assert out.strip() not in (tmp_path / "tokens.json").read_text()
+    assert_refused(gsl("token", "tokens.json", "dashboard"), "name", "another")
+    assert gsl("token", "tokens.json", "keeper", "--admin")[0] == 0
