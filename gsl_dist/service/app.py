@@ -28,7 +28,6 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +44,7 @@ from gsl_dist.index.log import Operation
 from gsl_dist.index.manifest import current_version, list_versions
 from gsl_dist.service.access import Access, Scope
 from gsl_dist.service.asking import Encode, answer_question
+from gsl_dist.service.console import open_console
 from gsl_dist.service.describe import DOCS
 from gsl_dist.service.links import count_connected
 from gsl_dist.service.reading import (
@@ -69,7 +69,6 @@ Compact = Callable[[], Awaitable[str]]
 
 _CODES = {400: "bad_input", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 _GONE = 499
-_CONSOLE = Path(__file__).with_name("console.html")
 
 
 async def stay(work: Coroutine[Any, Any, Response]) -> Response:
@@ -317,9 +316,11 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
 
         return await desk.answer(request, "read", work)
 
+    page, headers = open_console()
+
     @app.get("/", include_in_schema=False)
     async def console() -> Response:
-        return Response(_CONSOLE.read_bytes(), media_type="text/html; charset=utf-8")
+        return Response(page, media_type="text/html; charset=utf-8", headers=headers)
 
 
 def show_json(content: dict[str, Any], status: int = 200) -> Response:
