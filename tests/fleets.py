@@ -31,6 +31,7 @@ class World:
         rpc=None,
         tls=None,
         encode=None,
+        compact=None,
         **how,
     ):
         self.folder, self.local, self.threads, self.tls = str(folder), open_searcher(str(folder)), threads, tls
@@ -41,7 +42,7 @@ class World:
             self.begin(name)
         fleet = Fleet(self.resolve, replicas, copies, "secret", tls and tls.reach(), timeout_s=timeout_s, load_s=20)
         self.router = Router(self.folder, fleet, config=RouterConfig(**how))
-        self.desk = Desk(self.router, limits or Limits(), Access(tokens), encode)
+        self.desk = Desk(self.router, limits or Limits(), Access(tokens), encode, compact)
         beside = rpc and rpc(self.desk, host="127.0.0.1", port=0)
         self.door = DirectDoor(self.router, create_app(self.desk), host="127.0.0.1", port=0, tls=tls, beside=beside)
         self.rpc = beside

@@ -380,6 +380,24 @@ def test_items_are_changed_and_deleted_with_the_admin_token(closed):
         closed.wait(lambda: closed.text("#notice-title") == "There is no such thing")
 
 
+def test_what_was_written_is_compacted_by_a_button_that_is_there_when_it_is_needed(chromium, tmp_path):
+    async def compact():
+        return make_index(tmp_path, version="v2", rows=ROWS - 1).version
+
+    make_index(tmp_path)
+    world = World(tmp_path, compact=compact)
+    visitor = Visitor(chromium, world.url).open("#versions")
+    assert not visitor.all("#compact")[0].is_displayed()
+    with Client(world.url) as client:
+        client.delete([5])
+    visitor.click("#refresh")
+    visitor.click("#compact")
+    visitor.click("#ask-yes")
+    visitor.wait(lambda: visitor.text("#notice-title") == "v2 is served")
+    assert "399 rows" in visitor.text("#notice-text") and visitor.text("#state").startswith("v2")
+    world.stop()
+
+
 def test_a_busy_service_and_one_that_is_gone_are_told(chromium, tmp_path):
     make_index(tmp_path)
     world = World(tmp_path, limits=Limits(concurrent=1))
