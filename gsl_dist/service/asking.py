@@ -55,7 +55,8 @@ async def answer_question(served: Served, question: Question, encode: Encode | N
         reach = min(4 * reach, MAX_K)
     hits = _cut(hits, keep_Qk, question.offset, effort.k, served.manifest.metric)
     if question.payload:
-        fetched = await served.fetch(hits.ids.ravel(), question.payload)
+        # Hits are of the shards that answered; one that has stopped since leaves nulls.
+        fetched = await served.fetch(hits.ids.ravel(), question.payload, require_all=question.require_all)
         hits = replace(hits, payload=fetched.table)
     return hits
 
@@ -84,7 +85,7 @@ def _reach_further(effort: Effort, reach: int, manifest: Manifest) -> Effort:
 
 async def _keep_few(served: Served, ids_Qk: IdArray, column: str, most: int) -> NDArray[np.bool_]:
     """Tell which hits are among the first few of their query that share a value; those without one are on their own."""
-    values = (await served.fetch(ids_Qk.ravel(), (column,))).table[column].combine_chunks()
+    values = (await served.fetch(ids_Qk.ravel(), (column,), require_all=False)).table[column].combine_chunks()
     numbers = pc.fill_null(values.dictionary_encode().indices, -1).to_numpy(zero_copy_only=False)
     keep_Qk = np.ones(ids_Qk.shape, bool)
     for row, numbers_k in enumerate(numbers.reshape(ids_Qk.shape)):

@@ -150,13 +150,15 @@ class Served:
         self._meters.note("merge", answered)
         return shown
 
-    async def fetch(self, ids_n: IdArray, columns: Sequence[str], *, vectors: bool = False) -> Fetched:
+    async def fetch(
+        self, ids_n: IdArray, columns: Sequence[str], *, vectors: bool = False, require_all: bool = True
+    ) -> Fetched:
         """Give columns, and vectors if asked for, of items by their ids; what no part has stays null.
 
         Shapes: (n,) -> n rows; vectors (n, D).
         Raises:
             QueryError: there is no such column.
-            ShardUnavailable: a part does not answer.
+            ShardUnavailable: a part does not answer, and all are required.
         """
         for name in columns:
             if name not in self.overlay.schema.names:
@@ -166,7 +168,8 @@ class Served:
         told = {"columns": "\n".join(columns)} | ({"vectors": "1"} if vectors else {})
         body = pack_table(pa.table({"id": wanted}).replace_schema_metadata(told))
         answers = await self._ask_all(Ask.FETCH, body, self._fleet.timeout_s)
-        if missing := find_missing(self.copies, answers):
+        missing = find_missing(self.copies, answers)
+        if missing and require_all:
             raise ShardUnavailable(list(missing), len(self.manifest.shards))
         own = self.overlay.fetch(wanted, columns)
         parts = [unpack_table(answer) for answer in answers if answer is not None]

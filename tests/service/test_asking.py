@@ -12,7 +12,7 @@ from fleets import World
 from worlds import make_index, make_queries
 
 from gsl_dist.client import Client
-from gsl_dist.errors import QueryError
+from gsl_dist.errors import QueryError, ShardUnavailable
 from gsl_dist.service.reading import ARROW_TYPE, Limits
 from gsl_dist.wire import unpack_table
 
@@ -119,6 +119,19 @@ def test_a_stream_of_arrow_is_answered_by_one(world, client):
         assert found["ids"].to_pylist() == expected.ids.tolist()
         assert np.ravel(found["payload.label"].to_pylist()).tolist() == expected.payload["label"].to_pylist()
         assert found.schema.metadata[b"shards_answered"] == b"3"
+
+
+def test_payload_of_a_partial_answer_is_that_of_the_hits_there_are(tmp_path):
+    make_index(tmp_path, payload=pa.table({"label": LABELS}))
+    world = World(tmp_path)
+    world.kill("replica-1")
+    with Client(world.url) as client:
+        hits = client.search(make_queries(2), 5, 8, payload=["label"])
+        assert hits.is_partial and hits.payload["label"].to_pylist() == LABELS[hits.ids.ravel()].tolist()
+        assert client.search(make_queries(2), 5, 8, group_by="label").is_partial
+        with pytest.raises(ShardUnavailable):
+            client.search(make_queries(2), 5, 8, payload=["label"], require_all=True)
+    world.stop()
 
 
 def test_items_are_fetched_by_their_ids_and_unknown_ones_are_none(client):
