@@ -41,7 +41,7 @@ def measure_latency(
         `served_p50_ms`, `served_p99_ms`, `echo_p50_ms`, `echo_p99_ms`.
     """
     kind = QUERY_TYPE if binary else "application/json"
-    bodies = [_write_body(query, k, probes, binary) for query in queries]
+    bodies = [write_body(query, k, probes, binary) for query in queries]
     times: dict[str, list[float]] = {"served": [], "echo": []}
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
     try:
@@ -68,7 +68,8 @@ def measure_throughput(
     return statistics.median(rates)
 
 
-def _write_body(query: NDArray[np.float32], k: int, probes: int, binary: bool) -> bytes:
+def write_body(query: NDArray[np.float32], k: int, probes: int, binary: bool) -> bytes:
+    """Give the body that asks for the neighbours of one query."""
     if binary:
         return pack_query(query[None], Effort(k, probes))
     return json.dumps({"vectors": [query.tolist()], "k": k, "probes": probes}).encode()

@@ -1,0 +1,145 @@
+"""How a service answers as more and more is asked of it, and what it costs beside an echo and beside one process.
+
+    OMP_NUM_THREADS=1 python benchmarks/load.py [--quick]
+
+A million vectors in four shards, held by one, two and four replicas of one thread each. First as many connections as
+saturate the service ask without pause; then questions come at random at shares of that rate from two processes that do
+not wait for answers (`offered.py`), so that what queues is seen. Those processes take their time from the same cores.
+
+Claims, the first two as `serving.py` has them: the median of one query is at most 2.5 times that of an echo through the
+same server; batches of 1,024 reach at least 0.9 of what one process with as many threads does; at 70% of saturation 99
+of 100 queries take at most 5 times as long as the median. Writes benchmarks/results/load.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.pool import Pool
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from offered import Answers, ask_at_rate, ask_without_pause, write_post
+from record import write_result
+from serving import PROBES, SHARDS, K, build_index, compare_latency, compare_throughput, load_vectors
+
+from gsl_dist.cluster.serve import ServeConfig, serve, stop_service
+from gsl_dist.config import Resources
+from gsl_dist.index.search import open_searcher
+from gsl_dist.measure import write_body
+from gsl_dist.wire import QUERY_TYPE
+
+ROWS, REPLICAS, ASKERS, CONNECTIONS = 1_000_000, (1, 2, 4), 2, 16
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
+KINDS = {"json": "application/json", "binary": QUERY_TYPE}
+HIGH = 0.7
+TARGETS = {"ratio_to_echo": 2.5, "p99_over_median": 5.0, "batches": 0.9}
+
+
+def main() -> None:
+    """Build once, serve it three ways, measure, write and show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="shorter and fewer rounds")
+    quick = parser.parse_args().quick
+    base, queries, name = load_vectors(ROWS)
+    result: dict[str, Any] = {"vectors": name, "rows": ROWS, "shards": SHARDS, "k": K, "probes": PROBES}
+    result |= {"askers": ASKERS, "targets": TARGETS, "by_replicas": {}}
+    ray.init(address="local", num_cpus=max(REPLICAS), include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(ASKERS) as askers:
+        build_index(folder, base)
+        del base
+        for replicas in REPLICAS:
+            result["by_replicas"][replicas] = measure_service(folder, replicas, queries, askers, quick=quick)
+            print_load(replicas, result["by_replicas"][replicas])
+    ray.shutdown()
+    write_result("load", result)
+
+
+def measure_service(
+    folder: str, replicas: int, queries: NDArray[np.float32], askers: Pool, *, quick: bool
+) -> dict[str, Any]:
+    """Serve the index with so many replicas and measure it in every way."""
+    config = ServeConfig(index=folder, port=0, replicas=replicas, resources=Resources(cpus=1))
+    service = serve(config)
+    try:
+        local = open_searcher(folder, threads=replicas)
+        measured = {
+            "single": compare_latency(service.url, queries, 5, 200 if quick else 1000),
+            "batches": compare_throughput(service, local, queries, 5 if quick else 15),
+        }
+        del local
+        measured["load"] = {
+            body: measure_load(service.url, body, queries, askers, 1.5 if quick else 4.0, 1 if quick else 3)
+            for body in KINDS
+        }
+        return measured
+    finally:
+        stop_service()
+
+
+def measure_load(
+    url: str, body: str, queries: NDArray[np.float32], askers: Pool, seconds: float, rounds: int
+) -> dict[str, Any]:
+    """Find the rate that saturates the service, and offer it shares of that."""
+    requests = [
+        write_post(url, "/v1/search", KINDS[body], write_body(query, K, PROBES, body == "binary"))
+        for query in queries[:500]
+    ]
+
+    def saturate() -> dict[str, Any]:
+        jobs = [askers.apply_async(ask_without_pause, (url, requests, CONNECTIONS, seconds)) for _ in range(ASKERS)]
+        return summarize_answers([job.get() for job in jobs])
+
+    saturate()
+    saturation = statistics.median(saturate()["answered_per_s"] for _ in range(rounds))
+
+    def write_job(rate: float, seed: int) -> tuple[Any, ...]:
+        return url, requests, rate / ASKERS, seconds, seed
+
+    points = [offer(saturation * share, share, write_job, askers, rounds) for share in SHARES]
+    return {"saturation_per_s": round(saturation), "points": points}
+
+
+def offer(
+    rate: float, share: float, write_job: Callable[[float, int], tuple[Any, ...]], askers: Pool, rounds: int
+) -> dict[str, Any]:
+    """Offer one rate in several rounds, and give the medians of what they show."""
+    found = []
+    for turn in range(rounds):
+        jobs = [askers.apply_async(ask_at_rate, write_job(rate, ASKERS * turn + asker)) for asker in range(ASKERS)]
+        found.append(summarize_answers([job.get() for job in jobs]))
+        time.sleep(0.2)
+    point = {key: round(statistics.median(one[key] for one in found), 3) for key in found[0]}
+    tails = [one["p99_ms"] / one["p50_ms"] for one in found]
+    spread = {"p99_over_median": round(statistics.median(tails), 2), "p99_over_median_max": round(max(tails), 2)}
+    return {"share": share, "offered_per_s": round(rate), **point, **spread, "rounds": rounds}
+
+
+def summarize_answers(parts: list[Answers]) -> dict[str, float]:
+    """Give what a point of the curve shows, of all processes that asked."""
+    kept_ms = 1e3 * np.concatenate([part.latencies_s[len(part.latencies_s) // 10 :] for part in parts])
+    late_ms = 1e3 * np.concatenate([part.late_s for part in parts])
+    answered = sum(part.statuses[200] / part.seconds for part in parts)
+    other = sum(sum(part.statuses.values()) - part.statuses[200] for part in parts)
+    tails = {f"p{p}_ms": float(np.percentile(kept_ms, p)) for p in (50, 99)}
+    return {"answered_per_s": answered, **tails, "asked_late_p99_ms": float(np.percentile(late_ms, 99)), "other": other}
+
+
+def print_load(replicas: int, measured: dict[str, Any]) -> None:
+    print(f"\n{replicas} replicas: batches {measured['batches']['ratio']} of one process", flush=True)
+    for body, found in measured["load"].items():
+        single = measured["single"][body]
+        print(f"{body}: one query {single['served_p50_ms']} ms, {single['ratio']} times the echo;", end=" ")
+        print(f"saturated at {found['saturation_per_s']} a second")
+        for point in found["points"]:
+            print("   ", {key: point[key] for key in ("share", "offered_per_s", "answered_per_s", "p50_ms", "p99_ms")})
+
+
+if __name__ == "__main__":
+    main()
