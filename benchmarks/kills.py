@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -125,8 +125,9 @@ def run_trial(trial: str, folder: str, queries: NDArray[np.float32], rounds: int
         back_s = []
         for _ in range(rounds):
             time.sleep(rng.uniform(0, CALM_S))
-            counted["kills"] += kill(choose(list(find_processes()), rng))
-            back_s.append(await_whole(service.url, REPLICAS * copies))
+            killed = kill(choose(list(find_processes()), rng))
+            counted["kills"] += len(killed)
+            back_s.append(await_whole(service.url, REPLICAS * copies, killed))
             counted["lost"] += writer.count_lost() if writer else 0
         time.sleep(CALM_S)
     finally:
@@ -292,22 +293,25 @@ def find_processes() -> dict[str, psutil.Process]:
     return found
 
 
-def kill(names: Names) -> int:
-    """End processes at once, and give how many there were."""
+def kill(names: Names) -> dict[str, int]:
+    """End processes at once, and give their numbers."""
     alive = find_processes()
-    for name in names:
-        os.kill(alive[name].pid, signal.SIGKILL)
-    return len(names)
+    killed = {name: alive[name].pid for name in names}
+    for number in killed.values():
+        os.kill(number, signal.SIGKILL)
+    return killed
 
 
-def await_whole(url: str, replicas: int) -> float:
-    """Wait until every replica can be asked, and give how long that took."""
+def await_whole(url: str, replicas: int, killed: Mapping[str, int] = {}) -> float:
+    """Wait until others are there for those killed and every replica can be asked, and give how long that took."""
     start = time.monotonic()
-    time.sleep(POLL_S)
     while time.monotonic() - start < WHOLE_S:
         try:
-            answer = httpx.get(f"{url}/readyz", timeout=2.0)
-            if answer.is_success and answer.json()["connected"] == replicas:
+            # A router may yet have to notice that somebody is gone.
+            alive = find_processes()
+            is_new = all(name in alive and alive[name].pid != number for name, number in killed.items())
+            answer = httpx.get(f"{url}/readyz", timeout=2.0) if is_new else None
+            if answer is not None and answer.is_success and answer.json()["connected"] == replicas:
                 return time.monotonic() - start
         except httpx.TransportError:
             pass
