@@ -45,7 +45,7 @@ from gsl_dist.index.manifest import current_version, list_versions
 from gsl_dist.service.access import Access, Scope
 from gsl_dist.service.asking import Encode, answer_question
 from gsl_dist.service.console import open_console
-from gsl_dist.service.describe import DOCS
+from gsl_dist.service.describe import DOCS, SECURITY
 from gsl_dist.service.links import count_connected
 from gsl_dist.service.reading import (
     ARROW_TYPE,
@@ -164,9 +164,19 @@ class Desk:
             self.router.open_requests -= 1
 
 
+class App(FastAPI):
+    """An app whose page also says what a token is."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Give the OpenAPI page."""
+        page = super().openapi()
+        page["components"] = page.get("components", {}) | {"securitySchemes": SECURITY}
+        return page
+
+
 def create_app(desk: Desk) -> FastAPI:
     """Make the app that answers for an index folder."""
-    app = FastAPI(title="gsl_dist", description="Nearest neighbours from a few bytes an item.", version="1")
+    app = App(title="gsl_dist", description="Nearest neighbours from a few bytes an item.", version="1")
     _add_search(app, desk)
     _add_items(app, desk)
     _add_versions(app, desk)
@@ -193,7 +203,7 @@ def _add_search(app: FastAPI, desk: Desk) -> None:
 
         return await desk.answer(request, "read", work)
 
-    @app.post("/v1/echo", summary="Read a search request and search nothing", openapi_extra=DOCS["search"])
+    @app.post("/v1/echo", summary="Read a search request and search nothing", openapi_extra=DOCS["echo"])
     async def echo(request: Request) -> Response:
         async def work(body: bytes) -> Response:
             question = read_question(find_type(request), body, request.query_params, router.manifest, limits)

@@ -112,12 +112,19 @@ def _describe(
     return page
 
 
+SECURITY: dict[str, Schema] = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "as `gsl token` makes them"}
+}
+
 _READ = ("400", "401", "404", "413", "429", "503")
 _WRITE = ("400", "401", "403", "413", "429", "503")
 _RAW: Schema = {"schema": {"type": "string", "format": "binary"}}
 
 DOCS: dict[str, Schema] = {
     "search": _describe(_HITS, _SEARCH, {"vectors": [[0.1, 0.2]], "k": 2, "payload": ["title"]}, _READ),
+    "echo": _describe(
+        {"queries": 1, "k": 2, "version": "v-3f2a90b1c5d7"}, _SEARCH, {"vectors": [[0.1, 0.2]], "k": 2}, _READ
+    ),
     "fetch": _describe(
         {"items": [{"id": 17, "payload": {"title": "a coat"}}, None], "version": "v-3f2a90b1c5d7"},
         _object({"ids": _list(_ID), "payload": _COLUMNS}, ("ids",)),
@@ -157,7 +164,8 @@ DOCS: dict[str, Schema] = {
     "metrics": _describe({}, errors=("401", "429")),
 }
 for _name in (QUERY_TYPE, ARROW_TYPE):
-    DOCS["search"]["requestBody"]["content"][_name] = _RAW
+    for _route in ("search", "echo"):
+        DOCS[_route]["requestBody"]["content"][_name] = _RAW
 for _name in (HITS_TYPE, ARROW_TYPE):
     DOCS["search"]["responses"]["200"]["content"][_name] = _RAW
 DOCS["metrics"]["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
