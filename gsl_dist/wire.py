@@ -44,6 +44,9 @@ HIT_BYTES = 12
 _QUERY_HEAD = struct.Struct("<4sB3xIIIIIIIffI")
 _HITS_HEAD = struct.Struct("<4sBxHIIIIII")
 _LARGEST = 2**32 - 1
+# Message.header, DictionaryBatch.data and RecordBatch.compression in the schemas of Arrow's messages.
+_HEADER_SLOT, _BATCH_SLOT, _COMPRESSION_SLOT = 2, 1, 3
+_PLACE, _OFFSET, _SHORT = struct.Struct("<I"), struct.Struct("<i"), struct.Struct("<H")
 _ROWS_AT, _PATIENCE_AT = 8, _QUERY_HEAD.size - 4
 
 QUERY_HEAD_BYTES = _QUERY_HEAD.size
@@ -148,16 +151,42 @@ def pack_table(table: pa.Table) -> bytes:
 def unpack_table(body: bytes) -> pa.Table:
     """Read a stream of Arrow, and check that its buffers are what they say.
 
+    Compressed streams are refused: some thousand bytes could stand for more than there is memory for.
+
     Raises:
-        QueryError: it is none.
+        QueryError: it is none, or it is compressed.
     """
     try:
-        with pa.ipc.open_stream(body) as stream:
-            table = stream.read_all()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
+        is_compressed = any(_is_compressed(message) for message in pa.ipc.MessageReader.open_stream(body))
+        if not is_compressed:
+            with pa.ipc.open_stream(body) as stream:
+                table = stream.read_all()
+            table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, struct.error) as error:
         raise QueryError("body", f"{len(body)} bytes", f"it must be a stream of Arrow ({error})") from None
+    if is_compressed:
+        raise QueryError("body", "compressed buffers", "it must be a stream of Arrow that is not compressed")
     return table
+
+
+def _is_compressed(message: pa.Message) -> bool:
+    """Tell whether the buffers of a message are compressed, which its metadata, a flatbuffer, says in one field."""
+    if message.type not in ("record batch", "dictionary"):
+        return False
+    metadata = message.metadata.to_pybytes()
+    (root,) = _PLACE.unpack_from(metadata)
+    batch = _follow(metadata, root, _HEADER_SLOT)
+    if message.type == "dictionary":
+        batch = _follow(metadata, batch, _BATCH_SLOT)
+    return _follow(metadata, batch, _COMPRESSION_SLOT) > 0
+
+
+def _follow(metadata: bytes, table: int, slot: int) -> int:
+    """Give where the table lies that a table of a flatbuffer refers to; 0 where it refers to none."""
+    known = table - _OFFSET.unpack_from(metadata, table)[0]
+    at, size = 4 + 2 * slot, _SHORT.unpack_from(metadata, known)[0]
+    field = _SHORT.unpack_from(metadata, known + at)[0] if at < size else 0
+    return table + field + _PLACE.unpack_from(metadata, table + field)[0] if field else 0
 
 
 def _write_where(where: Mapping[str, Any]) -> bytes:

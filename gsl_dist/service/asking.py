@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
@@ -86,7 +87,12 @@ def _reach_further(effort: Effort, reach: int, manifest: Manifest) -> Effort:
 async def _keep_few(served: Served, ids_Qk: IdArray, column: str, most: int) -> NDArray[np.bool_]:
     """Tell which hits are among the first few of their query that share a value; those without one are on their own."""
     values = (await served.fetch(ids_Qk.ravel(), (column,), require_all=False)).table[column].combine_chunks()
-    numbers = pc.fill_null(values.dictionary_encode().indices, -1).to_numpy(zero_copy_only=False)
+    try:
+        numbers = pc.fill_null(values.dictionary_encode().indices, -1).to_numpy(zero_copy_only=False)
+    except pa.ArrowNotImplementedError:
+        raise QueryError(
+            "group_by", column, f"values of type {values.type} cannot be told apart; group by others"
+        ) from None
     keep_Qk = np.ones(ids_Qk.shape, bool)
     for row, numbers_k in enumerate(numbers.reshape(ids_Qk.shape)):
         seen: dict[int, int] = {}

@@ -293,18 +293,25 @@ def _read_binary(body: bytes, params: Any) -> dict[str, Any]:
 
 def _read_arrow(body: bytes, params: Any) -> dict[str, Any]:
     fields, table = _read_params(params, _OPTIONS), unpack_table(body)
-    if "vector" not in table.column_names:
-        raise QueryError("body", table.column_names, "it must have a column `vector`")
+    if table.column_names.count("vector") != 1:
+        raise QueryError("body", table.column_names, "it must have one column `vector`")
     column = table["vector"].combine_chunks()
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or not pa.types.is_floating(kind.value_type) or column.null_count:
         raise QueryError("vector", str(kind), "it must be a column of lists of float32, none of them null")
-    flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused next
+        flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    return fields | {"vectors": flat.reshape(len(column), _measure_width(column))}
+
+
+def _measure_width(column: pa.Array) -> int:
+    if pa.types.is_fixed_size_list(column.type):
+        return int(column.type.list_size)  # rows of no numbers take no bytes: there may be any number of them
     lengths = column.value_lengths().to_numpy(zero_copy_only=False)
     if len(lengths) and (lengths != lengths[0]).any():
         raise QueryError("vector", "lists of several lengths", "every vector must have the dimension of the index")
-    return fields | {"vectors": flat.reshape(len(column), -1)}
+    return int(lengths[0]) if len(lengths) else 0
 
 
 def _read_params(params: Any, known: set[str]) -> dict[str, Any]:
