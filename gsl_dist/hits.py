@@ -104,7 +104,10 @@ def merge_topk(answers: Sequence[Hits], k: int) -> Hits:
     """
     ids = np.concatenate([answer.ids for answer in answers], axis=1)
     distances = np.concatenate([answer.distances for answer in answers], axis=1)
-    ids, distances = _take_nearest(ids, distances, min(k, ids.shape[1]))
+    if len(answers) > 1 or not (distances[:, 1:] > distances[:, :-1]).all():
+        ids, distances = _take_nearest(ids, distances, min(k, ids.shape[1]))
+    else:
+        ids, distances = ids[:, :k], distances[:, :k]
     if ids.shape[1] < k:
         gap = ((0, 0), (0, k - ids.shape[1]))
         ids = np.pad(ids, gap, constant_values=NO_ID)
@@ -139,4 +142,5 @@ def _take_nearest(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     # Ids are compared unsigned, so that -1 (nothing found) sorts behind every real hit of the same distance.
     order = np.lexsort((ids.view(np.uint64), distances), axis=1)[:, :k]
-    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(distances, order, axis=1)
+    rows = np.arange(len(order))[:, None]
+    return ids[rows, order], distances[rows, order]
