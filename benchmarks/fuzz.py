@@ -34,7 +34,7 @@ from worlds import make_index
 from gsl_dist.service.reading import Limits
 
 ROWS, PARTS = 400, 10
-WRITES = ("/v1/items", "/v1/items/payload", "/v1/items/delete", "/v1/promote")
+WRITES = ("/v1/items", "/v1/items/payload", "/v1/items/delete", "/v1/promote", "/v1/compact")
 
 
 def main() -> None:

@@ -68,6 +68,7 @@ def list_requests(dim=16):
     asked += [Asked("POST", "/v1/search?payload=label", QUERY_TYPE, pack_query(vectors, effort)) for effort in efforts]
     asked += [Asked("POST", "/v1/echo", QUERY_TYPE, pack_query(vectors, efforts[0]))]
     asked += [Asked("POST", "/v1/search?k=3&probes=4", ARROW_TYPE, body) for body in write_streams(vectors)]
+    asked.append(Asked("POST", "/v1/compact", JSON, b""))
     routes = ("/livez", "/readyz", "/healthz", "/metrics", "/v1/versions", "/openapi.json")
     return asked + [Asked("GET", route, JSON, b"") for route in routes]
 

@@ -45,13 +45,19 @@ def write_stream(table, **how):
 def test_valid_requests_of_every_route_are_answered(world):
     sender = Sender(world.url)
     statuses = {asked: sender.send(asked)[0] for asked in list_requests()}
-    # The service has no encoder, which is all that is wrong with any of them.
-    assert {asked.body[:9] for asked, status in statuses.items() if status != 200} == {b'{"items":'}
+    # All that is wrong with any of them: this service has no encoder, and runs no stages.
+    wrong = {asked for asked, status in statuses.items() if status != 200}
+    assert {asked.path for asked in wrong if not asked.body.startswith(b'{"items":')} == {"/v1/compact"}
+    assert len(wrong) == 2
     assert {asked.path.partition("?")[0] for asked in statuses} == set(list_paths(world)) | {"/openapi.json"}
 
 
 def list_paths(world):
     return httpx.get(f"{world.url}/openapi.json").json()["paths"]
+
+
+def has_body(world, operation):
+    return "requestBody" in list_paths(world)[operation.path][operation.method]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -71,7 +77,7 @@ def test_what_the_page_describes_is_what_the_routes_do(world):
     left_out = [schemathesis.checks.CHECKS.get_one("positive_data_acceptance")]
     for operation in (found.ok() for found in schema.get_all_operations()):
         for mode in schemathesis.GenerationMode:
-            if mode == schemathesis.GenerationMode.NEGATIVE and operation.method == "get":
+            if mode == schemathesis.GenerationMode.NEGATIVE and not has_body(world, operation):
                 continue
 
             @hypothesis.settings(
