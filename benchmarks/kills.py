@@ -1,6 +1,6 @@
 """Kills processes of a service while it is asked and written to, and counts what becomes of the answers.
 
-    OMP_NUM_THREADS=1 python benchmarks/kills.py [--rounds 160] [--seed 0]
+    OMP_NUM_THREADS=1 python benchmarks/kills.py [--trials WORD ...] [--rounds 30] [--seed 0]
 
 All processes are real, under Ray Serve, and are ended by SIGKILL at random moments; the next kill comes when the
 service is whole again, so that every kill meets one that has something to lose. Every answer is compared with that of
@@ -18,6 +18,7 @@ Writes benchmarks/results/kills.json.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -33,13 +34,14 @@ import numpy as np
 import psutil
 import ray
 from numpy.typing import NDArray
-from record import write_result
+from record import RESULTS, write_result
 from serving import build_index, load_vectors
 
 from gsl_dist.client import Client
 from gsl_dist.cluster.serve import ServeConfig, serve, stop_service
 from gsl_dist.config import Resources
 from gsl_dist.errors import GslError, ShardUnavailable
+from gsl_dist.demo import read_commit
 from gsl_dist.hits import Hits
 from gsl_dist.index.search import LocalSearcher, open_searcher
 
@@ -47,27 +49,28 @@ Names = Sequence[str]
 Choose = Callable[[Names, np.random.Generator], Names]
 
 ROWS, K, PROBES, REPLICAS, ASKERS = 100_000, 10, 8, 2, 3
-AWAY, FIRST_ID, CHECKED = 1e4, 10**9, 1000
+AWAY, FIRST_ID, CHECKED = 200.0, 10**9, 1000
 WHOLE_S, POLL_S, CALM_S = 120.0, 0.05, 0.6
 TITLE = "ray::ServeReplica:gsl:"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=160, help="times that something is killed, over all trials")
+    parser.add_argument("--trials", nargs="*", choices=list(TRIALS), default=list(TRIALS))
+    parser.add_argument("--rounds", type=int, default=30, help="times that something is killed, in each trial")
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
     base, queries, name = load_vectors(ROWS)
-    result: dict[str, Any] = {"vectors": name, "rows": ROWS, "seed": wanted.seed, "trials": {}}
+    path = RESULTS / "kills.json"
+    trials = json.loads(path.read_text())["trials"] if path.exists() else {}
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         build_index(folder, base)
-        for number, trial in enumerate(TRIALS):
-            rounds = wanted.rounds // len(TRIALS)
-            found = run_trial(trial, folder, queries[:200], rounds, wanted.seed + number)
-            result["trials"][trial] = found
+        for trial in wanted.trials:
+            found = run_trial(trial, folder, queries[:200], wanted.rounds, wanted.seed + list(TRIALS).index(trial))
             print(trial, found, flush=True)
-            write_result("kills", result)
+            trials[trial] = found | {"commit": read_commit()}
+            write_result("kills", {"vectors": name, "rows": ROWS, "seed": wanted.seed, "trials": trials})
     ray.shutdown()
 
 
@@ -180,9 +183,8 @@ class Truth:
         expected = self.expect(frozenset(hits.missing))
         near = expected.distances[number]
         is_sure = near < near[-1]  # of several at the last place any may be given
-        is_right = np.allclose(hits.distances[0], near, rtol=1e-4) and set(expected.ids[number][is_sure]) <= set(
-            hits.ids[0]
-        )
+        is_near = np.allclose(hits.distances[0], near, rtol=1e-4)
+        is_right = is_near and set(expected.ids[number][is_sure]) <= set(hits.ids[0])
         if not is_right or hits.shards_answered != hits.shards_total - len(hits.missing):
             return "wrong"
         return "partial" if hits.is_partial else "whole"
@@ -244,8 +246,8 @@ class Writer(threading.Thread):
                     self._note(lambda new: client.upsert([new], self.place(new)), item, is_here=True)
 
     def place(self, item: int) -> NDArray[np.float32]:
-        """Give where an item lies."""
-        return (AWAY + np.random.default_rng(item).normal(size=(1, self._dim))).astype(np.float32)
+        """Give where an item lies: off on the other side of zero, and apart from the others."""
+        return np.random.default_rng(item).normal(-AWAY, AWAY / 4, size=(1, self._dim)).astype(np.float32)
 
     def count_lost(self) -> int:
         """Count the items of which the service does not say what it acknowledged."""
@@ -258,12 +260,9 @@ class Writer(threading.Thread):
             found = [client.search(self.place(item), 1, PROBES).ids[0, 0] for item in last]
         # What changed since the book was read is looked at the next time.
         with self._lock:
-            lost = [
-                item
-                for item, row in zip(ids, told, strict=True)
-                if self._here.get(item) is known[item] is (row is None)
-            ]
-        return len(lost) + sum(item in self._here and item != near for item, near in zip(last, found, strict=True))
+            same = {item for item in ids if self._here.get(item) is known[item]}
+        lost = [item for item, row in zip(ids, told, strict=True) if item in same and (row is not None) != known[item]]
+        return len(lost) + sum(item in same and item != int(near) for item, near in zip(last, found, strict=True))
 
     def _note(self, write: Callable[[int], int], item: int, *, is_here: bool) -> None:
         # Between the question and the answer nobody knows, and nothing is claimed.
