@@ -47,6 +47,9 @@ bench: install  ## measure the claims of the README, one after another
 	$(BIN)/python benchmarks/building.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/serving.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/load.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py
 	$(BIN)/python benchmarks/scanning.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/devices.py
 	$(BIN)/python benchmarks/quantizers.py --seeds 1 --bytes 8
@@ -69,6 +72,7 @@ results: install  ## redraw docs/results from the runs that are there
 	$(BIN)/python benchmarks/draw_results.py
 	$(BIN)/python benchmarks/draw_peers.py
 	$(BIN)/python benchmarks/draw_plan.py
+	$(BIN)/python benchmarks/draw_service.py
 
 clean:  ## remove what was built, the virtual environment apart
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -45,6 +45,7 @@ OTHERS = {
     "index.md": "What indexes were to reach",
     "peers.md": "Beside other systems, on real vectors",
     "plan.md": "Plans for large corpora",
+    "service.md": "The service under load and under attack",
 }
 FAR = 0.05
 CAUTION = (

@@ -40,8 +40,8 @@ from serving import build_index, load_vectors
 from gsl_dist.client import Client
 from gsl_dist.cluster.serve import ServeConfig, serve, stop_service
 from gsl_dist.config import Resources
-from gsl_dist.errors import GslError, ShardUnavailable
 from gsl_dist.demo import read_commit
+from gsl_dist.errors import GslError, ShardUnavailable
 from gsl_dist.hits import Hits
 from gsl_dist.index.search import LocalSearcher, open_searcher
 
