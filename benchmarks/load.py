@@ -57,8 +57,8 @@ def main() -> None:
         for replicas in REPLICAS:
             result["by_replicas"][replicas] = measure_service(folder, replicas, queries, askers, quick=quick)
             print_load(replicas, result["by_replicas"][replicas])
+            write_result("load", result)
     ray.shutdown()
-    write_result("load", result)
 
 
 def measure_service(
@@ -70,12 +70,12 @@ def measure_service(
     try:
         local = open_searcher(folder, threads=replicas)
         measured = {
-            "single": compare_latency(service.url, queries, 5, 200 if quick else 1000),
-            "batches": compare_throughput(service, local, queries, 5 if quick else 15),
+            "single": compare_latency(service.url, queries, 5, 200 if quick else 500),
+            "batches": compare_throughput(service, local, queries, 5 if quick else 9),
         }
         del local
         measured["load"] = {
-            body: measure_load(service.url, body, queries, askers, 1.5 if quick else 4.0, 1 if quick else 3)
+            body: measure_load(service.url, body, queries, askers, 1.0 if quick else 2.5, 1 if quick else 3)
             for body in KINDS
         }
         return measured
