@@ -17,8 +17,6 @@ import argparse
 import multiprocessing
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from multiprocessing.pool import Pool
 from typing import Any
 
@@ -35,7 +33,7 @@ from gsl_dist.index.search import open_searcher
 from gsl_dist.measure import write_body
 from gsl_dist.wire import QUERY_TYPE
 
-ROWS, REPLICAS, ASKERS, CONNECTIONS = 1_000_000, (1, 2, 4), 2, 16
+ROWS, REPLICAS, ASKERS, CONNECTIONS = 1_000_000, (2, 1, 4), 2, 16
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
 KINDS = {"json": "application/json", "binary": QUERY_TYPE}
 HIGH = 0.7
@@ -70,12 +68,12 @@ def measure_service(
     try:
         local = open_searcher(folder, threads=replicas)
         measured = {
-            "single": compare_latency(service.url, queries, 5, 200 if quick else 500),
-            "batches": compare_throughput(service, local, queries, 5 if quick else 9),
+            "single": compare_latency(service.url, queries, 5, 200 if quick else 300),
+            "batches": compare_throughput(service, local, queries, 5 if quick else 7),
         }
         del local
         measured["load"] = {
-            body: measure_load(service.url, body, queries, askers, 1.0 if quick else 2.5, 1 if quick else 3)
+            body: measure_load(service.url, body, queries, askers, 1.0 if quick else 2.0, 1 if quick else 3)
             for body in KINDS
         }
         return measured
@@ -93,32 +91,30 @@ def measure_load(
     ]
 
     def saturate() -> dict[str, Any]:
-        jobs = [askers.apply_async(ask_without_pause, (url, requests, CONNECTIONS, seconds)) for _ in range(ASKERS)]
-        return summarize_answers([job.get() for job in jobs])
+        given = [(url, requests, CONNECTIONS, seconds)] * ASKERS
+        return summarize_answers(askers.starmap(ask_without_pause, given))
+
+    def offer(rate: float, seed: int) -> dict[str, Any]:
+        given = [(url, requests, rate / ASKERS, seconds, ASKERS * seed + asker) for asker in range(ASKERS)]
+        return summarize_answers(askers.starmap(ask_at_rate, given))
 
     saturate()
-    saturation = statistics.median(saturate()["answered_per_s"] for _ in range(rounds))
+    reached, found = list[float](), [list[dict[str, Any]]() for _ in SHARES]
+    for number in range(rounds):
+        # What saturates the service changes with whatever else runs here: each round finds it anew.
+        reached.append(saturate()["answered_per_s"])
+        for share, shown in zip(SHARES, found, strict=True):
+            shown.append({"offered_per_s": share * reached[-1]} | offer(share * reached[-1], number))
+    points = [join_rounds(share, shown) for share, shown in zip(SHARES, found, strict=True)]
+    return {"saturation_per_s": round(statistics.median(reached)), "rounds": rounds, "points": points}
 
-    def write_job(rate: float, seed: int) -> tuple[Any, ...]:
-        return url, requests, rate / ASKERS, seconds, seed
 
-    points = [offer(saturation * share, share, write_job, askers, rounds) for share in SHARES]
-    return {"saturation_per_s": round(saturation), "points": points}
-
-
-def offer(
-    rate: float, share: float, write_job: Callable[[float, int], tuple[Any, ...]], askers: Pool, rounds: int
-) -> dict[str, Any]:
-    """Offer one rate in several rounds, and give the medians of what they show."""
-    found = []
-    for turn in range(rounds):
-        jobs = [askers.apply_async(ask_at_rate, write_job(rate, ASKERS * turn + asker)) for asker in range(ASKERS)]
-        found.append(summarize_answers([job.get() for job in jobs]))
-        time.sleep(0.2)
+def join_rounds(share: float, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Give the medians of what the rounds showed, and how far the tails lay from the medians."""
     point = {key: round(statistics.median(one[key] for one in found), 3) for key in found[0]}
     tails = [one["p99_ms"] / one["p50_ms"] for one in found]
-    spread = {"p99_over_median": round(statistics.median(tails), 2), "p99_over_median_max": round(max(tails), 2)}
-    return {"share": share, "offered_per_s": round(rate), **point, **spread, "rounds": rounds}
+    spread = {name: round(pick(tails), 2) for name, pick in (("", statistics.median), ("_min", min), ("_max", max))}
+    return {"share": share, **point, **{f"p99_over_median{name}": value for name, value in spread.items()}}
 
 
 def summarize_answers(parts: list[Answers]) -> dict[str, float]:
