@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Coroutine
+from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 import uvicorn
@@ -18,7 +20,7 @@ from gsl_dist.service.tls import Tls
 
 T = TypeVar("T")
 
-_KEEP_ALIVE_S = 75
+_KEEP_ALIVE_S, _POLL_S = 75, 0.005
 
 
 class Beside(Protocol):
@@ -67,11 +69,20 @@ class DirectDoor:
                 **shown,
             )
         )
+        self._fault: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="direct-door", daemon=True)
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Begin to answer.
+
+        Raises:
+            ConfigError: the door beside cannot be opened.
+        """
         self._thread.start()
+        while not self._server.started:
+            if self._fault.done():
+                raise self._fault.exception() or ConfigError("port", self.port, "the door closed before it was open")
+            time.sleep(_POLL_S)
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Stop answering and hang up."""
@@ -84,7 +95,11 @@ class DirectDoor:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.run_until_complete(self._serve())
+        try:
+            self.loop.run_until_complete(self._serve())
+            self._fault.set_result(None)
+        except Exception as fault:  # noqa: BLE001 - raised in the thread that opens the door
+            self._fault.set_exception(fault)
 
     async def _serve(self) -> None:
         self.router.start()

@@ -17,6 +17,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 from worlds import make_index, make_queries
 
 from gsl_dist.client import Client
+from gsl_dist.errors import ConfigError
 from gsl_dist.service.access import make_token
 from gsl_dist.service.rpc import SERVICE, RpcDoor
 from gsl_dist.service.search_pb2 import DESCRIPTOR, SearchReply, SearchRequest
@@ -95,6 +96,16 @@ def test_too_much_at_once_is_put_off(world, ask):
         ask(**pack(make_queries(1)))
     world.router.open_requests = 0
     assert caught.value.code().name == "RESOURCE_EXHAUSTED"
+
+
+def test_a_port_that_is_taken_is_named_when_the_door_opens(world, tmp_path):
+    make_index(tmp_path)
+
+    def take(desk, *, host, port):
+        return RpcDoor(desk, host=host, port=world.rpc.port)
+
+    with pytest.raises(ConfigError, match=str(world.rpc.port)):
+        World(tmp_path, rpc=take)
 
 
 def test_the_messages_are_those_of_the_proto(tmp_path):
