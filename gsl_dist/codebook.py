@@ -279,8 +279,8 @@ class Codebook:
 
         Shapes: cells_N (N,) lists, codes_NM (N, choices) -> (N, D) float32.
         """
-        parts = [book[codes] for book, codes in zip(self.books, codes_NM.T[: self.sub_vectors], strict=True)]
-        decoded = np.sum(parts, axis=0) if self.additive else np.concatenate(parts, axis=1)
+        words_NM = codes_NM[:, : self.sub_vectors]
+        decoded = self._add_words(words_NM) if self.additive else self._join_words(words_NM)
         if self.kind == "rabitq":
             factors_NF = np.ascontiguousarray(codes_NM[:, self.sub_vectors :], np.uint8).view("<f4")
             decoded = decoded * read_scales(factors_NF, self.dim)[:, None]
@@ -310,6 +310,14 @@ class Codebook:
             return -dots_Qn
         distances_Qn = np.square(queries_QD).sum(1, keepdims=True) + standing.squares_n - 2 * dots_Qn
         return np.maximum(distances_Qn, 0) if self.bias is None else distances_Qn
+
+    def _add_words(self, words_NM: NDArray[np.integer]) -> FloatArray:
+        return np.sum([book[words] for book, words in zip(self.books, words_NM.T, strict=True)], axis=0)
+
+    def _join_words(self, words_NM: NDArray[np.integer]) -> FloatArray:
+        # All choices are looked up at once: part by part, and joined, the short rows would take ten times as long.
+        words_Wd = self.books.reshape(-1, self.books.shape[2])
+        return words_Wd.take(words_NM + np.arange(self.sub_vectors) * self.codewords, axis=0).reshape(-1, self.dim)
 
     def _anchor(self, lists_N: NDArray[np.integer], codes_NM: NDArray[np.integer]) -> FloatArray:
         """Give what residuals are residuals of: the centroid, or the point on the line."""
@@ -371,6 +379,9 @@ def _pack_bits(words_NM: CodeArray, bits: int) -> CodeArray:
 
 def _unpack_bits(packed: CodeArray, choices: int, bits: int) -> CodeArray:
     """Undo `_pack_bits`: (N, bytes) -> (N, choices)."""
+    if bits == 4:  # no bit need be looked at by itself
+        halves_NM = np.stack([packed & 15, packed >> 4], axis=2)
+        return halves_NM.reshape(len(packed), packed.shape[1] * 2)[:, :choices]
     single = np.unpackbits(packed, axis=1, bitorder="little", count=choices * bits)
     weights = (1 << np.arange(bits)).astype(np.uint8)
     return (single.reshape(len(packed), choices, bits) * weights).sum(axis=2, dtype=np.uint8)
