@@ -342,3 +342,19 @@ def search_regions_in_loops(query, codebook, rows, k, probes, cells):
             ranked.append((squared(query, point), cell * len(codebook.edges[cell]) + edge))
     looked = {region for _, region in sorted(ranked)[:probes]}
     return sorted((squared(query, vector), item) for item, region, vector in rows if region in looked)[:k]
+
+
+def connect_in_loops(pairs):
+    """Give each id of some pairs the smallest id that it is connected with, by walking."""
+    near = {}
+    for one, other in pairs:
+        near.setdefault(one, set()).add(other)
+        near.setdefault(other, set()).add(one)
+    groups = {}
+    for start in sorted(near):
+        met = [] if start in groups else [start]
+        while met:
+            item = met.pop()
+            groups[item] = start
+            met += [other for other in near[item] if other not in groups]
+    return groups
