@@ -171,6 +171,17 @@ def tune(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def match(config: Config, overrides: Overrides = None) -> None:
+    """Find the nearest items for every row of a corpus, or for a version's own: joins, near duplicates, their groups.
+
+    Example: gsl match configs/fashion/match.yaml queries=null within=1.5 groups=true
+    """
+    from gsl_dist.cluster.match import MatchConfig, run_match
+
+    run_stage(MatchConfig, run_match, config, overrides)
+
+
+@app.command()
 def plan(
     settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="rows, dim, code_bytes, machines ...")],
     costs: Annotated[

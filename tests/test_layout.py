@@ -139,6 +139,7 @@ def test_importing_a_door_loads_no_engine(module):
     [
         ("gsl_dist.cluster.build", {"torch", "numba", "scipy"}),
         ("gsl_dist.cluster.codebook", {"pytorch_metric_learning", "numba", "faiss"}),
+        ("gsl_dist.cluster.match", {"torch", "numba", "scipy"}),
         ("gsl_dist.cluster.encode", {"pytorch_metric_learning", "numba", "faiss"}),
     ],
 )

@@ -11,7 +11,7 @@ pytest.importorskip("ray")
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
-STAGES = {"train", "codebook", "encode", "build", "serve", "evaluate", "tune", "compact"}
+STAGES = {"train", "codebook", "encode", "build", "serve", "evaluate", "tune", "compact", "match"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
