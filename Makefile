@@ -54,6 +54,8 @@ bench: install  ## measure the claims of the README, one after another
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/devices.py
 	$(BIN)/python benchmarks/quantizers.py --seeds 1 --bytes 8
 	$(BIN)/python benchmarks/cells.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matching.py search
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matching.py join
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/costs.py
 
 PEERS_DATA ?= sift100k photos

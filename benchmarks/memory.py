@@ -91,10 +91,10 @@ def describe_stages(wanted: argparse.Namespace, corpus: Path) -> dict[str, dict[
     }
 
 
-def watch_stage(stage: str) -> dict[str, Any]:
-    """Run a stage and give how long it took and what it held at its peak, in MB of a million bytes."""
+def watch_stage(stage: str, place: Path = PLACE) -> dict[str, Any]:
+    """Run a stage by its config in a folder; give how long it took and its peak, in MB of a million bytes."""
     started, peaks, at_peak = time.perf_counter(), {"rss": 0.0, "pss": 0.0}, {}
-    command = [sys.executable, "-m", "gsl_dist.cli", stage, str(PLACE / f"{stage}.yaml")]
+    command = [sys.executable, "-m", "gsl_dist.cli", stage, str(place / f"{stage}.yaml")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as driver:
         while driver.poll() is None:
             held = {f"{name} {pid}": measure(pid) for pid, name in find_processes(driver.pid).items()}

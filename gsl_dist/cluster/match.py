@@ -5,7 +5,8 @@ lists where that is faster (`gsl_dist.index.sweep`), within a given memory (`gsl
 leaves a note; a relaunch does only those without one and ends with the same bytes; the card comes last.
 
 Where the queries are the version's own items, each finds others but not itself: a join of the nearest. The pairs nearer
-than `within` are the near duplicates, and what they connect are groups, which the driver finds from the files.
+than `within` are the near duplicates, and what they connect are groups, which the driver finds from the files. It holds
+a note a shard, and for groups at most 50 bytes for every item that has company (`gsl_dist.index.groups`).
 
 A version is searched as it was made: what was written over it since is seen once it is compacted.
 """
