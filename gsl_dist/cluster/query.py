@@ -37,8 +37,10 @@ class QueryEncoder:
         self._manifest = manifest
         self._encoder, card = load_encoder(version_folder(Folder(index), manifest.version).path("model"))
         self._shape = tuple(card.facts["item_shape"])
-        is_image = len(self._shape) == _IMAGE_AXES
-        self._image = ImageConfig(**card.config["corpus"]["image"]) if is_image else None
+        self._image = None
+        if len(self._shape) == _IMAGE_AXES:
+            height, width, channels = self._shape
+            self._image = ImageConfig(height=height, width=width, channels=channels)
 
     def encode(self, items: Sequence[bytes | NDArray[Any]]) -> FloatArray:
         """Give the vectors of files and of arrays of numbers.
