@@ -20,7 +20,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
-HIGH = 0.7
+HIGH, BUSY = 0.7, 0.2
 COLUMNS = ("offered_per_s", "answered_per_s", "p50_ms", "p99_ms", "p99_over_median", "asked_late_p99_ms", "other")
 TRIALS = {
     "copies": "two copies of every part, one of each killed",
@@ -51,6 +51,11 @@ def show_load(result: dict[str, Any]) -> list[str]:
     """Give the lines about load, the claims first, and draw the curves."""
     targets, by_replicas = result["targets"], result["by_replicas"]
     lines = [f"## Load: {result['rows']:,} vectors in {result['shards']} shards, commit {result['commit']}\n"]
+    if result["cores_busy_before"] > BUSY:
+        lines += [f"Other jobs kept {result['cores_busy_before']:.1f} of {result['machine']['cores']} cores busy"]
+        lines += [
+            "before this began: it says what happens on a machine that is not its own, and nothing of the claims.\n"
+        ]
     lines += ["| replicas | one query over the echo, json, binary | batches over one process |"]
     lines += [f"| | at most {targets['ratio_to_echo']} | at least {targets['batches']} |", "|---" * 3 + "|"]
     lines[-2:] = [lines[-1], lines[-2]]

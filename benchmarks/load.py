@@ -1,6 +1,6 @@
 """How a service answers as more and more is asked of it, and what it costs beside an echo and beside one process.
 
-    OMP_NUM_THREADS=1 python benchmarks/load.py [--quick]
+    OMP_NUM_THREADS=1 python benchmarks/load.py [--replicas 2 1 4] [--quick]
 
 A million vectors in four shards, held by one, two and four replicas of one thread each. First as many connections as
 saturate the service ask without pause; then questions come at random at shares of that rate from two processes that do
@@ -21,6 +21,7 @@ from multiprocessing.pool import Pool
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 from numpy.typing import NDArray
 from offered import Answers, ask_at_rate, ask_without_pause, write_post
@@ -44,15 +45,22 @@ def main() -> None:
     """Build once, serve it three ways, measure, write and show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter and fewer rounds")
-    quick = parser.parse_args().quick
+    parser.add_argument("--replicas", type=int, nargs="*", default=list(REPLICAS))
+    wanted = parser.parse_args()
+    quick = wanted.quick
     base, queries, name = load_vectors(ROWS)
     result: dict[str, Any] = {"vectors": name, "rows": ROWS, "shards": SHARDS, "k": K, "probes": PROBES}
-    result |= {"askers": ASKERS, "targets": TARGETS, "by_replicas": {}}
+    result |= {
+        "cores_busy_before": round(psutil.cpu_percent(2.0) / 100 * (psutil.cpu_count() or 1), 2),
+        "askers": ASKERS,
+        "targets": TARGETS,
+        "by_replicas": {},
+    }
     ray.init(address="local", num_cpus=max(REPLICAS), include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(ASKERS) as askers:
         build_index(folder, base)
         del base
-        for replicas in REPLICAS:
+        for replicas in wanted.replicas:
             result["by_replicas"][replicas] = measure_service(folder, replicas, queries, askers, quick=quick)
             print_load(replicas, result["by_replicas"][replicas])
             write_result("load", result)
