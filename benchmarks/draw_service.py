@@ -51,11 +51,6 @@ def show_load(result: dict[str, Any]) -> list[str]:
     """Give the lines about load, the claims first, and draw the curves."""
     targets, by_replicas = result["targets"], result["by_replicas"]
     lines = [f"## Load: {result['rows']:,} vectors in {result['shards']} shards, commit {result['commit']}\n"]
-    if result["cores_busy_before"] > BUSY:
-        lines += [f"Other jobs kept {result['cores_busy_before']:.1f} of {result['machine']['cores']} cores busy"]
-        lines += [
-            "before this began: it says what happens on a machine that is not its own, and nothing of the claims.\n"
-        ]
     lines += ["| replicas | one query over the echo, json, binary | batches over one process |"]
     lines += [f"| | at most {targets['ratio_to_echo']} | at least {targets['batches']} |", "|---" * 3 + "|"]
     lines[-2:] = [lines[-1], lines[-2]]
@@ -73,6 +68,11 @@ def show_load(result: dict[str, Any]) -> list[str]:
     for replicas, measured in by_replicas.items():
         for body, curve in measured["load"].items():
             lines += [f"### {replicas} replicas, {body}: saturated at {curve['saturation_per_s']:,} a second\n"]
+            if curve["cores_kept_by_others"] > BUSY:
+                lines += [
+                    f"Other jobs kept {curve['cores_kept_by_others']:.1f} of {result['machine']['cores']} cores busy:"
+                ]
+                lines += ["this is a machine that the service has not to itself, and says nothing of the claim.\n"]
             lines += [f"| share | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
             for point in curve["points"]:
                 shown = " | ".join(

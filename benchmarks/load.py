@@ -14,9 +14,11 @@ of 100 queries take at most 5 times as long as the median. Writes benchmarks/res
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import statistics
 import tempfile
+import time
 from multiprocessing.pool import Pool
 from typing import Any
 
@@ -107,6 +109,7 @@ def measure_load(
         return summarize_answers(askers.starmap(ask_at_rate, given))
 
     saturate()
+    start, (busy_s, own_s) = time.monotonic(), count_busy()
     reached, found = list[float](), [list[dict[str, Any]]() for _ in SHARES]
     for number in range(rounds):
         # What saturates the service changes with whatever else runs here: each round finds it anew.
@@ -114,7 +117,19 @@ def measure_load(
         for share, shown in zip(SHARES, found, strict=True):
             shown.append({"offered_per_s": share * reached[-1]} | offer(share * reached[-1], number))
     points = [join_rounds(share, shown) for share, shown in zip(SHARES, found, strict=True)]
-    return {"saturation_per_s": round(statistics.median(reached)), "rounds": rounds, "points": points}
+    busy_by_all, busy_by_us = (now - before for now, before in zip(count_busy(), (busy_s, own_s), strict=True))
+    others = (busy_by_all - busy_by_us) / (time.monotonic() - start)
+    shown = {"saturation_per_s": round(statistics.median(reached)), "cores_kept_by_others": round(others, 2)}
+    return shown | {"rounds": rounds, "points": points}
+
+
+def count_busy() -> tuple[float, float]:
+    """Give the seconds that cores have worked: for anybody, and for this process and all that it started."""
+    whole, own = psutil.cpu_times(), 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            own += sum(process.cpu_times()[:2])
+    return whole.user + whole.nice + whole.system, own
 
 
 def join_rounds(share: float, found: list[dict[str, Any]]) -> dict[str, Any]:
