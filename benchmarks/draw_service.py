@@ -90,8 +90,8 @@ def show_ratio(figures: dict[str, Any]) -> str:
 
 def draw_curves(by_replicas: dict[str, Any]) -> None:
     """Draw median and tail against offered load, a panel for each number of replicas."""
-    figure, panels = plt.subplots(1, len(by_replicas), figsize=(4 * len(by_replicas), 3.4), sharey=True)
-    for panel, (replicas, measured) in zip(panels, by_replicas.items(), strict=True):
+    figure, panels = plt.subplots(1, len(by_replicas), figsize=(4 * len(by_replicas), 3.4), sharey=True, squeeze=False)
+    for panel, (replicas, measured) in zip(panels[0], by_replicas.items(), strict=True):
         for (body, curve), colour in zip(measured["load"].items(), ("tab:blue", "tab:orange"), strict=True):
             offered = [point["offered_per_s"] for point in curve["points"]]
             for name, style in (("p50_ms", "-"), ("p99_ms", "--")):
@@ -99,8 +99,8 @@ def draw_curves(by_replicas: dict[str, Any]) -> None:
                 panel.plot(offered, times, style, color=colour, marker="o", markersize=3, label=f"{body} {name[:3]}")
         panel.set(title=f"{replicas} replicas", xlabel="offered queries a second", yscale="log")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("ms")
-    panels[0].legend(fontsize=7)
+    panels[0, 0].set_ylabel("ms")
+    panels[0, 0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(DOCS / "service-load.svg", metadata={"Date": None})
     plt.close(figure)
@@ -108,9 +108,10 @@ def draw_curves(by_replicas: dict[str, Any]) -> None:
 
 def show_kills(result: dict[str, Any]) -> list[str]:
     """Give the lines about processes that were killed."""
-    lines = [f"## Kills: SIGKILL at random moments under load, seed {result['seed']}, commit {result['commit']}\n"]
+    lines = [f"## Kills: SIGKILL at random moments under load, seed {result['seed']}\n"]
+    commits = sorted({found["commit"] for found in result["trials"].values()})
     lines += [
-        "Every answer was compared with that of the same shards in one process. `partial` ones said so and were right"
+        f"Commits {', '.join(commits)}. Every answer was compared with that of the same shards in one process. `partial`"
     ]
     lines += ["for the shards that answered; `refused`: no shard answered; `broken`: no router did.\n"]
     names = ("kills", "queries", "whole", "partial", "refused", "broken", "wrong")

@@ -52,12 +52,7 @@ def main() -> None:
     quick = wanted.quick
     base, queries, name = load_vectors(ROWS)
     result: dict[str, Any] = {"vectors": name, "rows": ROWS, "shards": SHARDS, "k": K, "probes": PROBES}
-    result |= {
-        "cores_busy_before": round(psutil.cpu_percent(2.0) / 100 * (psutil.cpu_count() or 1), 2),
-        "askers": ASKERS,
-        "targets": TARGETS,
-        "by_replicas": {},
-    }
+    result |= {"askers": ASKERS, "targets": TARGETS, "by_replicas": {}}
     ray.init(address="local", num_cpus=max(REPLICAS), include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(ASKERS) as askers:
         build_index(folder, base)
