@@ -31,7 +31,7 @@ def refuse(number, place):
     """Fail at the second call; the others take long."""
     if number == 1:
         raise DataError("rows", number, "none but the first are wanted")
-    for _ in range(600):  # an error ends a task between two steps
+    for _ in range(1_700):  # an error ends a task between two steps
         time.sleep(0.1)
 
 

@@ -38,10 +38,10 @@ def test_the_first_error_is_raised_as_ours_and_ends_the_rest(ray_session, tmp_pa
     started = time.monotonic()
     with pytest.raises(DataError, match=r"^rows: got 1, but none but the first are wanted$"):
         run_tasks(refuse, [(number, str(tmp_path)) for number in range(4)], SMALL)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 100
     # There is room again at once: what was running has been stopped.
     assert run_tasks(fall_once, [(2, str(tmp_path))], Resources(cpus=3.5)) == [2]
-    assert time.monotonic() - started < 45
+    assert time.monotonic() - started < 140
 
 
 def test_a_process_that_is_free_takes_the_next_task(ray_session):
