@@ -110,10 +110,9 @@ def show_kills(result: dict[str, Any]) -> list[str]:
     """Give the lines about processes that were killed."""
     lines = [f"## Kills: SIGKILL at random moments under load, seed {result['seed']}\n"]
     commits = sorted({found["commit"] for found in result["trials"].values()})
-    lines += [
-        f"Commits {', '.join(commits)}. Every answer was compared with that of the same shards in one process. `partial`"
-    ]
-    lines += ["for the shards that answered; `refused`: no shard answered; `broken`: no router did.\n"]
+    lines += [f"Commits {', '.join(commits)}. Every answer was compared with that of the same shards in one process."]
+    lines += ["`partial` ones said so and were right for the shards that answered; `refused`: no shard answered;"]
+    lines += ["`broken`: no router did.\n"]
     names = ("kills", "queries", "whole", "partial", "refused", "broken", "wrong")
     lines += [f"| what | {' | '.join(names)} | writes acknowledged | lost | whole again after |", "|---" * 11 + "|"]
     for trial, found in result["trials"].items():
