@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 FAISS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check fix bench peers experiments results clean
+.PHONY: help install demo test test-fast test-slow check fix bench peers experiments results clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,7 +29,10 @@ test: install  ## run the tests
 	$(BIN)/python -m pytest -q
 
 test-fast: install  ## run the tests that need no Ray
-	$(BIN)/python -m pytest -q -m "not ray"
+	$(BIN)/python -m pytest -q -m "not ray and not slow"
+
+test-slow: install  ## run the tests that take minutes each
+	$(BIN)/python -m pytest -q -m slow
 
 check: install  ## lint, format and types; changes nothing
 	$(BIN)/ruff check .

@@ -7,7 +7,9 @@ from gsl_dist.errors import (
     BadInput,
     ConfigError,
     DataError,
+    Denied,
     GslError,
+    Overloaded,
     QueryError,
     ShardUnavailable,
     shorten,
@@ -21,6 +23,8 @@ ERRORS = [
     QueryError("vectors", [1, 2], "the index holds 3 numbers", status=413),
     ArtefactError("/index/v1", "no such file"),
     ShardUnavailable(["shard-00001"], 3),
+    Overloaded(256, 2.0),
+    Denied("this needs a token of scope admin", 403),
 ]
 
 

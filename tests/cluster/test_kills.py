@@ -11,7 +11,7 @@ from worlds import make_index, make_queries
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import kills
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

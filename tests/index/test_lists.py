@@ -107,8 +107,8 @@ def test_a_version_of_lines_is_searched_like_any_other(tmp_path, shards):
 
 def test_probes_of_lines_are_regions_and_by_default_as_many_as_16_cells_would_hold(tmp_path):
     lines = make_index(tmp_path / "lines", codebook=make_codebook("vlq", cells=40))
-    assert lines.lists == 160 and check_effort(Effort(5), lines) == (5, 16, 1, None, None)
-    assert check_effort(Effort(5, 160), lines) == (5, 160, 1, None, None)
+    assert lines.lists == 160 and check_effort(Effort(5), lines) == Effort(5, 16, 1)
+    assert check_effort(Effort(5, 160), lines) == Effort(5, 160, 1)
     with pytest.raises(QueryError, match="1 to 160, the regions of this index"):
         check_effort(Effort(5, 161), lines)
     with pytest.raises(QueryError, match="1 to 8, the cells of this index"):
