@@ -36,7 +36,7 @@ UNSWEPT = ("vlq", "rabitq")
 """Kinds that are searched query by query alone: of lines regions are ranked by their own scan, and what a RaBitQ code
 stands for is not all that lists know of a row."""
 
-_LEAST_QUERIES, _FEW_QUERIES, _MOST_DIMS = 128, 16, 16
+_LEAST_QUERIES, _FEW_QUERIES, _MOST_DIMS = 100, 16, 16
 _BLOCK_ROWS, _BLOCK_FLOATS = 1 << 10, 1 << 18
 _SPARE = 16
 
