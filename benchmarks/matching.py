@@ -35,10 +35,12 @@ from gsl_dist.artefact import load_codebook, open_card
 from gsl_dist.cluster.build import BuildConfig, run_build
 from gsl_dist.cluster.codebook import CodebookConfig, run_codebook
 from gsl_dist.cluster.encode import EncodeConfig, read_codes, run_encode
+from gsl_dist.cluster.match import MatchConfig, Matcher, open_queries, settle_task
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import check_config
 from gsl_dist.evaluate import rank_exact
 from gsl_dist.index.lists import Lists, join_lists, make_lists
+from gsl_dist.index.manifest import open_version
 from gsl_dist.index.refine import keep_vectors
 from gsl_dist.index.shards import CodeLayout
 from gsl_dist.index.sweep import rank_kept, sweep_lists
@@ -82,7 +84,7 @@ def main() -> None:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     if wanted.what == "join":
-        measure_join(wanted.rows or 1_000_000)
+        measure_join(wanted.rows or 1_000_000, wanted.rounds)
         return
     rows = wanted.rows or 100_000
     vectors, _ = read_vectors(rows)
@@ -166,22 +168,39 @@ def make_codes(quantizer: dict[str, Any], vectors: NDArray[np.float32], *, shard
     return load_codebook(places["codebook"])
 
 
-def measure_join(rows: int) -> None:
+def measure_join(rows: int, rounds: int) -> None:
     vectors, drawn = read_vectors(rows)
     make_codes(KINDS["pq"].quantizer, vectors, shards=8)
     places = {name: str(PLACE / name) for name in ("codes", "codebook", "index")}
     run_build(check_config(BuildConfig, places | {"vectors": "int8"}))
     # Two rows of one descriptor are 2 x 128 x 16 apart on average, and hardly ever 1.5 times as far.
     join = {"index": places["index"], "queries": None, "output": str(PLACE / "match"), "groups": True, "shards": 8}
-    join |= {"within": 1.5 * 2 * 128 * NOISE**2, "k": 20, "probes": 8, "memory_mb": 512}
+    join |= {"within": 1.5 * 2 * 128 * NOISE**2, "k": 20, "probes": 8, "refine": 2}
+    join |= {"batch_rows": 65_536, "memory_mb": 768}
     (PLACE / "match.yaml").write_text(yaml.safe_dump(join))
     watched = watch_stage("match", PLACE)
     facts = open_card(Folder(PLACE / "match"), "match").facts
     counted = {name: facts[name] for name in ("rows", "hits", "full", "groups", "grouped", "is_swept", "refine")}
     figures = watched | counted | compare_groups(pq.read_table(PLACE / "match" / "groups.parquet"), drawn)
+    figures["million_queries_a_minute"] = measure_orders(join, rounds)
     print({name: figure for name, figure in figures.items() if name != "at_peak"}, flush=True)
-    setting = {name: join[name] for name in ("within", "k", "probes", "memory_mb", "shards")}
+    setting = {name: join[name] for name in ("within", "k", "probes", "refine", "batch_rows", "memory_mb", "shards")}
     write_result("matching-join", {"setting": setting | {"rows": rows, "workers": 1}, **figures})
+
+
+def measure_orders(join: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Give how many queries a processor answers, of the first shard, in each order; the orders take turns."""
+    orders, spent = ("lists", "queries"), {"lists": list[float](), "queries": list[float]()}
+    configs = [check_config(MatchConfig, join | {"order": order, "output": str(PLACE / order)}) for order in orders]
+    manifest = open_version(Folder(join["index"]))
+    matchers = [Matcher(settle_task(config, manifest, open_queries(config, manifest))) for config in configs]
+    rows = manifest.rows // join["shards"]
+    for turn in range(rounds + 1):
+        for order, matcher in zip(orders, matchers, strict=True):
+            # The first time opens the version.
+            taken, _ = clock(functools.partial(matcher.match_shard, 0, 0, rows if turn else 1))
+            spent[order] += [taken] if turn else []
+    return {order: spread([rows * 60 / 1e6 / one for one in taken]) for order, taken in spent.items()}
 
 
 def compare_groups(groups: pa.Table, drawn: NDArray[np.int64]) -> dict[str, float]:
