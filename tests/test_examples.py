@@ -28,6 +28,7 @@ def example(ray_session, capsys, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_picture_is_the_nearest_to_itself_and_its_embeddings_are_found_again(example, tmp_path):
     hits = [ast.literal_eval(line) for line in example("image_search", tmp_path / "images")]
     first = pq.read_table(fashion_folder() / "database.parquet", columns=["id", "label"]).slice(0, 1).to_pylist()[0]
