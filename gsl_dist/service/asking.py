@@ -63,7 +63,7 @@ async def answer_question(served: Served, question: Question, encode: Encode | N
 
 
 async def _find_queries(served: Served, question: Question, encode: Encode | None) -> tuple[FloatArray, IdArray | None]:
-    """Give the vectors to search for, and whose they are if they are those of items."""
+    """Give the vectors to search for, checked, and whose they are if they are those of items."""
     manifest = served.manifest
     if question.queries is not None:
         return question.queries, None
@@ -75,7 +75,8 @@ async def _find_queries(served: Served, question: Question, encode: Encode | Non
         return check_queries(fetched.vectors_nD, manifest.dim, manifest.metric), question.ids
     if encode is None:
         raise QueryError("items", f"{len(question.items or [])} items", "this service has no encoder; give vectors")
-    return await encode(manifest, question.items or []), None
+    encoded = await encode(manifest, question.items or [])
+    return check_queries(encoded, manifest.dim, manifest.metric), None
 
 
 def _reach_further(effort: Effort, reach: int, manifest: Manifest) -> Effort:

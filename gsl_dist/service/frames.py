@@ -116,27 +116,27 @@ class Asker(Frames):
         self._lost, self._next = lost, 0
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
 
-    async def ask(self, kind: Ask, body: bytes, timeout_s: float) -> bytes:
-        """Send a question and give its answer.
+    def ask(self, kind: Ask, body: bytes) -> asyncio.Future[bytes]:
+        """Send a question and give what its answer will be.
 
-        Raises:
-            GslError: the replica refuses it.
-            ConnectionError, asyncio.TimeoutError: there is no answer, or none in time.
+        Nothing is scheduled and no task is made: a question costs its bytes. Who waits no longer lets the future be.
+
+        Returns:
+            the answer, or GslError: the replica refuses, or ConnectionError: there will be none.
         """
+        answer = asyncio.get_running_loop().create_future()
         if self.is_closing:
-            raise ConnectionResetError("the connection is closed")
+            answer.set_exception(ConnectionResetError("the connection is closed"))
+            return answer
         self._next = ticket = (self._next + 1) & 0xFFFFFFFF
-        answer = self._waiting[ticket] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = answer
         self.send(ticket, kind, body)
-        try:
-            return await asyncio.wait_for(answer, timeout_s)
-        finally:
-            self._waiting.pop(ticket, None)
+        return answer
 
     def take(self, frames: list[Frame]) -> None:
         """Give answers to the questions that wait for them; those no longer awaited are dropped."""
         for ticket, status, body in frames:
-            answer = self._waiting.get(ticket)
+            answer = self._waiting.pop(ticket, None)
             if answer is None or answer.done():
                 continue
             if status == Status.DONE:

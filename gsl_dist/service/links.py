@@ -11,6 +11,7 @@ than 95 of 100 answers to as large a question did, the next one is asked as well
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import ssl
 import time
@@ -28,6 +29,9 @@ _log = logging.getLogger(__name__)
 
 Resolve = Callable[[str], Awaitable[str | None]]
 """Gives the address at which a replica answers now, or None while it does not."""
+
+Changes = Callable[[], tuple[int, Sequence[bytes]]]
+"""Gives what was written over a version, as whoever opens its rows must be told, and the last commit in it."""
 
 _ASK_AGAIN_S, _CONNECT_S = 0.2, 2.0
 _REMEMBERED, _ENOUGH, _LEAST_HEDGE_S = 256, 20, 0.002
@@ -58,7 +62,7 @@ class Fleet:
     timeout_s: float = 10.0
     load_s: float = 300.0
 
-    def link(self, manifest: Manifest, changes: Sequence[bytes]) -> list[Copies]:
+    def link(self, manifest: Manifest, changes: Changes) -> list[Copies]:
         """Make the links to everything that holds a part of a version."""
         groups = spread_shards(manifest.shards, self.replicas)
         return [
@@ -79,10 +83,10 @@ class Link:
         shards: the shards that it is to hold.
         fleet: where it is found.
         version: the version that it is to serve.
-        changes: what it must be told before it is asked; grows.
+        changes: what it must be told before it is asked.
     """
 
-    def __init__(self, name: str, shards: Sequence[str], fleet: Fleet, version: str, changes: Sequence[bytes]) -> None:
+    def __init__(self, name: str, shards: Sequence[str], fleet: Fleet, version: str, changes: Changes) -> None:
         self.name, self.fleet = name, fleet
         self.waiting = 0
         self.refusal: GslError | None = None
@@ -95,21 +99,21 @@ class Link:
         """Tell whether the replica can be asked."""
         return self._asker is not None
 
-    async def ask(self, kind: Ask, body: bytes, timeout_s: float) -> bytes:
-        """Give the replica's answer.
+    def ask(self, kind: Ask, body: bytes) -> asyncio.Future[bytes]:
+        """Ask the replica, and give what its answer will be.
 
-        Raises:
-            BadInput: the replica refuses the question.
-            ConnectionError, asyncio.TimeoutError: there is no answer, or none in time.
+        Returns:
+            the answer, or BadInput: the replica refuses the question, or ConnectionError: there will be none.
         """
         if self._asker is None:
             self.find()
-            raise ConnectionResetError("not connected")
+            answer = asyncio.get_running_loop().create_future()
+            answer.set_exception(ConnectionResetError("not connected"))
+            return answer
         self.waiting += 1
-        try:
-            return await self._asker.ask(kind, body, timeout_s)
-        finally:
-            self.waiting -= 1
+        answer = self._asker.ask(kind, body)
+        answer.add_done_callback(self._count)
+        return answer
 
     def find(self) -> None:
         """Start to look for the replica, unless that is under way."""
@@ -138,21 +142,27 @@ class Link:
                 lambda: Asker(fleet.max_bytes, self._lose), host, int(port), ssl=fleet.tls, server_hostname=_name(fleet)
             )
             _, asker = await asyncio.wait_for(way, _CONNECT_S)
-            await asker.ask(Ask.HOLD, self._greeting, fleet.load_s)
-            told = 0
-            while told < len(self._changes):
-                await asker.ask(Ask.CHANGE, self._changes[told], fleet.load_s)
-                told += 1
+            await asyncio.wait_for(asker.ask(Ask.HOLD, self._greeting), fleet.load_s)
+            told = -1
+            while (coming := self._changes())[0] != told:
+                told, bodies = coming
+                for body in bodies:
+                    await asyncio.wait_for(asker.ask(Ask.CHANGE, body), fleet.load_s)
         except (OSError, asyncio.TimeoutError, GslError) as error:
             _log.info("%s is not at %s: %s", self.name, address, error)
             self.refusal = error if isinstance(error, GslError) else self.refusal
             if asker is not None:
                 asker.close()
             return False
-        # Nothing was awaited since the last change was told, so that none can have been missed.
+        # Nothing was awaited since all that is written was told, so that nothing can have been missed.
         self._asker, self.refusal = asker, None
         _log.info("%s answers at %s", self.name, address)
         return True
+
+    def _count(self, answer: asyncio.Future[bytes]) -> None:
+        self.waiting -= 1
+        if not answer.cancelled():
+            answer.exception()  # looked at, or it would be logged as a fault where nobody waits any more
 
     def _lose(self, asker: Asker) -> None:
         # Serve restarts a dead replica elsewhere: look for it now, and not only when the next query has failed.
@@ -172,62 +182,91 @@ class Copies:
     def __init__(self, shards: Sequence[str], links: Sequence[Link]) -> None:
         self.shards, self.links = list(shards), list(links)
         self.hedges = 0
-        self._latencies = Latencies()
+        self.latencies = Latencies()
 
     @property
     def is_connected(self) -> bool:
         """Tell whether one of them can be asked."""
         return any(link.is_connected for link in self.links)
 
-    async def ask(self, kind: Ask, body: bytes, timeout_s: float) -> bytes | None:
-        """Give the first answer, or None if there is none in time.
+    def ask(self, kind: Ask, body: bytes) -> asyncio.Future[bytes | None]:
+        """Ask a copy, and others where that is of use, and give what the first answer will be.
 
-        Raises:
-            BadInput: a replica refuses the question.
+        Whoever waits no longer cancels it.
+
+        Returns:
+            the answer, None if there will be none, or BadInput: a replica refuses the question.
         """
-        links = sorted((link for link in self.links if link.is_connected), key=lambda link: link.waiting)
-        if not links:
-            return None
-        start = time.monotonic()
-        if len(links) == 1:
-            answer = await _ask_quietly(links[0], kind, body, timeout_s)
-        else:
-            answer = await self._ask_several(links, kind, body, start + timeout_s)
-        if answer is not None:
-            self._latencies.note(len(body), time.monotonic() - start)
-        return answer
+        links = [link for link in self.links if link.is_connected]
+        if len(links) > 1:
+            links.sort(key=lambda link: link.waiting)
+        race = _Race(self, links, kind, body)
+        race.ask_next()
+        return race.answer
 
     async def tell(self, body: bytes) -> None:
         """Tell all that are connected of a change; one that does not take it is cut off, to be told everything anew."""
         connected = [link for link in self.links if link.is_connected]
-        told = await asyncio.gather(
-            *(_ask_quietly(link, Ask.CHANGE, body, link.fleet.timeout_s) for link in connected), return_exceptions=True
-        )
-        for link, answer in zip(connected, told, strict=True):
-            if not isinstance(answer, bytes):
+        answers = [link.ask(Ask.CHANGE, body) for link in connected]
+        if answers:
+            await asyncio.wait(answers, timeout=connected[0].fleet.timeout_s)
+        for link, answer in zip(connected, answers, strict=True):
+            if not answer.done() or answer.exception() is not None:
                 link.close()
                 link.find()
 
-    async def _ask_several(self, links: list[Link], kind: Ask, body: bytes, deadline: float) -> bytes | None:
-        asked: set[asyncio.Task[bytes | None]] = set()
-        patience_s = self._latencies.give_up_after(len(body))
-        while True:
-            left_s = deadline - time.monotonic()
-            if links and left_s > 0:
-                link = links.pop(0)
-                self.hedges += bool(asked)
-                asked.add(asyncio.create_task(_ask_quietly(link, kind, body, left_s)))
-            if not asked or left_s <= 0:
-                _end_quietly(asked)
-                return None
-            # Who lost the race is left to end by itself: as long as it owes an answer, the others are asked first.
-            done, asked = await asyncio.wait(
-                asked, timeout=min(left_s, patience_s) if links else left_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            for task in done:
-                if (answer := task.result()) is not None:
-                    _end_quietly(asked)
-                    return answer
+
+class _Race:
+    """One question to the copies of a part.
+
+    It is made of callbacks and not of tasks, since the answer to one query waits for all that is done here.
+
+    Args:
+        part: the copies.
+        links: the ways to those that can be asked, the first to be asked first.
+        kind: of the question.
+        body: the question.
+    """
+
+    def __init__(self, part: Copies, links: list[Link], kind: Ask, body: bytes) -> None:
+        self._part, self._links, self._question = part, links, (kind, body)
+        self._loop = asyncio.get_running_loop()
+        self.answer: asyncio.Future[bytes | None] = self._loop.create_future()
+        self._start, self._open = time.monotonic(), 0
+        self._hedge: asyncio.TimerHandle | None = None
+
+    def ask_next(self) -> None:
+        """Ask the next copy, if there is one; without any, and when none owes an answer, there is none."""
+        if self.answer.done():
+            return
+        if self._links:
+            link = self._links.pop(0)
+            self._part.hedges += self._open > 0
+            self._open += 1
+            link.ask(*self._question).add_done_callback(functools.partial(self._take, link))
+        elif self._open == 0:
+            self.answer.set_result(None)
+        if self._links:
+            patience_s = self._part.latencies.give_up_after(len(self._question[1]))
+            self._hedge = self._loop.call_later(patience_s, self.ask_next)
+
+    def _take(self, link: Link, given: asyncio.Future[bytes]) -> None:
+        self._open -= 1
+        # Who lost the race is left to end by itself: as long as it owes an answer, the others are asked first.
+        if self.answer.done():
+            return
+        if self._hedge is not None:
+            self._hedge.cancel()
+        error = given.exception()
+        if error is None:
+            self._part.latencies.note(len(self._question[1]), time.monotonic() - self._start)
+            self.answer.set_result(given.result())
+        elif isinstance(error, BadInput):
+            self.answer.set_exception(error)
+            self.answer.exception()  # looked at: of several parts that refuse, one is told
+        else:
+            _log.warning("%s did not answer: %s %s", link.name, type(error).__name__, error)
+            self.ask_next()
 
 
 class Latencies:
@@ -277,22 +316,6 @@ def count_connected(copies: Sequence[Copies]) -> dict[str, int]:
     """Give how many replicas can be asked, and how many there are."""
     links = [link for part in copies for link in part.links]
     return {"connected": sum(link.is_connected for link in links), "replicas": len(links)}
-
-
-async def _ask_quietly(link: Link, kind: Ask, body: bytes, timeout_s: float) -> bytes | None:
-    try:
-        return await link.ask(kind, body, timeout_s)
-    except BadInput:
-        raise
-    except (ConnectionError, asyncio.TimeoutError, GslError) as error:
-        _log.warning("%s did not answer: %s %s", link.name, type(error).__name__, error)
-        return None
-
-
-def _end_quietly(tasks: set[asyncio.Task[bytes | None]]) -> None:
-    for task in tasks:
-        # What a task raises that nobody waits for would be logged as a fault.
-        task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
 
 
 def _name(fleet: Fleet) -> str | None:

@@ -33,10 +33,10 @@ import numpy as np
 import pyarrow as pa
 import uvloop
 
-from gsl_dist.errors import ArtefactError, BadInput, ConfigError, GslError, pack_error
+from gsl_dist.errors import ArtefactError, BadInput, ConfigError, GslError, QueryError, pack_error
 from gsl_dist.hits import Effort, Hits
 from gsl_dist.index.coarse import Probed, check_lists
-from gsl_dist.index.search import LocalSearcher, check_effort, check_queries
+from gsl_dist.index.search import LocalSearcher, check_effort
 from gsl_dist.service.frames import Ask, Frame, Frames, Status, read_greeting
 from gsl_dist.wire import QUERY_HEAD_BYTES, pack_hits, pack_table, read_patience, tell_apart, unpack_query, unpack_table
 
@@ -244,17 +244,22 @@ class Answerer(Frames):
         opening.add_done_callback(lambda done: self._call(self._settle, ticket, done))
 
     def _settle(self, ticket: int, opened: Future[Holding]) -> None:
-        error = None if opened.cancelled() else opened.exception()
-        if error is not None or self.is_closing:
-            told = pack_error(error) if isinstance(error, GslError) else str(error)
+        if opened.cancelled() or opened.exception() is not None:
+            error = None if opened.cancelled() else opened.exception()
+            told = pack_error(error) if isinstance(error, GslError) else str(error or "the replica stops")
             self.send(ticket, Status.REFUSED, told.encode())
             self.close()
             return
-        self._holding = opened.result()
-        self._holding.users += 1
+        holding = opened.result()
+        holding.users += 1
+        if self.is_closing:
+            # Who asked for it has gone; it is let go after a while, unless somebody else comes.
+            self._replica.release(holding)
+            return
+        self._holding = holding
         # On one core a second thread gains a single query nothing and costs it two changes of thread, a tenth of its
         # time; so it is answered where it arrives. Batches, and queries with long filters, go to the pool.
-        codebook = self._holding.searcher.codebook
+        codebook = holding.searcher.codebook
         longest = QUERY_HEAD_BYTES + 4 * codebook.dim + 8 * min(codebook.lists, _FEW_LISTS)
         self._quick_bytes = longest if self._replica.threads == 1 else 0
         self.send(ticket, Status.DONE, b"")
@@ -330,9 +335,11 @@ def _search_batch(searcher: LocalSearcher, bodies: Sequence[bytes]) -> list[Hits
 
 def _read_search(searcher: LocalSearcher, body: bytes) -> tuple[np.ndarray, Effort, Probed | None]:
     queries, effort, named = unpack_query(body)
-    matrix = check_queries(queries, searcher.codebook.dim)
+    # The numbers in them were looked at by the router, which alone may ask; here they must only fit what is held.
+    if queries.shape[1] != searcher.codebook.dim:
+        raise QueryError("vectors", f"{queries.shape[1]} numbers each", f"the index holds {searcher.codebook.dim}")
     probed = None if named is None else check_lists(Probed(*named), searcher.codebook)
-    return matrix, check_effort(effort, searcher.manifest), probed
+    return queries, check_effort(effort, searcher.manifest), probed
 
 
 def _answer_search(searcher: LocalSearcher, body: bytes) -> bytes:

@@ -88,8 +88,8 @@ class Served:
         self, manifest: Manifest, overlay: Overlay, coarse: CoarseStep | None, fleet: Fleet, meters: Meters
     ) -> None:
         self.manifest, self.overlay, self._coarse, self._fleet, self._meters = manifest, overlay, coarse, fleet, meters
-        self._changes = [pack_table(table) for table in overlay.changes()]
-        self.copies = fleet.link(manifest, self._changes)
+        self._changes: tuple[int, list[bytes]] = -1, []
+        self.copies = fleet.link(manifest, self.changes)
         self.users = 0
 
     @property
@@ -115,26 +115,26 @@ class Served:
         return next((link.refusal for part in self.copies for link in part.links if link.refusal), None)
 
     async def search(
-        self, queries: ArrayLike, effort: Effort, *, require_all: bool = False, timeout_s: float | None = None
+        self, queries_QD: FloatArray, effort: Effort, *, require_all: bool = False, timeout_s: float | None = None
     ) -> Hits:
         """Give the nearest items of each query among the shards that answer in time, as users see them.
 
         Args:
-            queries: of the version's dimension.
+            queries_QD: as `check_queries` gives them.
             effort: how many, which, and how hard to look.
             require_all: raise instead of leaving shards out.
             timeout_s: how long the caller waits; by default, and at most, what the fleet is given.
 
-        Shapes: queries (Q, D) or (D,) -> ids (Q, k) int64, distances (Q, k) float32.
+        Shapes: (Q, D) -> ids (Q, k) int64, distances (Q, k) float32.
         Raises:
-            QueryError: queries or effort cannot be answered.
+            QueryError: the effort cannot be made.
             ShardUnavailable: no shard answered, or one did not and all are required.
         """
         start = time.perf_counter()
         metric, patience_s = self.manifest.metric, min(timeout_s or self._fleet.timeout_s, self._fleet.timeout_s)
-        matrix, effort = check_queries(queries, self.manifest.dim, metric), check_effort(effort, self.manifest)
-        probed = await self._probe(matrix, effort)
-        body = pack_query(matrix, effort._replace(within=None), probed, patience_s)
+        effort = check_effort(effort, self.manifest)
+        probed = await self._find_lists(queries_QD, effort)
+        body = pack_query(queries_QD, effort._replace(within=None), probed, patience_s)
         asked = self._meters.note("coarse", start)
         answers = await self._ask_all(Ask.SEARCH, body, patience_s - (asked - start))
         answered = self._meters.note("fanout", asked)
@@ -143,7 +143,7 @@ class Served:
         if missing and (require_all or not found):
             raise ShardUnavailable(list(missing), len(self.manifest.shards))
         if self.overlay.rows:
-            found.append(await self._search_new(matrix, effort))
+            found.append(await self._search_new(queries_QD, effort))
         whole = found[0] if len(found) == 1 else merge_topk(found, effort.k)
         whole = replace(whole, shards_total=len(self.manifest.shards), missing=missing, version=self.manifest.version)
         shown = cut_within(show_distances(whole, metric), effort.within, metric)
@@ -176,18 +176,25 @@ class Served:
         return _pick(len(wanted), own, parts, columns, self.manifest.dim).take(at_n)
 
     async def tell(self, tables: Sequence[pa.Table]) -> None:
-        """Tell every part of changes, those that are not there now as soon as they are."""
+        """Tell every part of changes; one that is not there now is told of all when it is."""
         for table in tables:
             body = pack_table(table)
-            self._changes.append(body)
             await asyncio.gather(*(part.tell(body) for part in self.copies))
 
-    async def _ask_all(self, kind: Ask, body: bytes, timeout_s: float) -> list[bytes | None]:
-        if len(self.copies) == 1:
-            return [await self.copies[0].ask(kind, body, timeout_s)]
-        return list(await asyncio.gather(*(part.ask(kind, body, timeout_s) for part in self.copies)))
+    def changes(self) -> tuple[int, list[bytes]]:
+        """Give all that whoever opens the version's rows must be told, and the last commit in it."""
+        if self._changes[0] != self.overlay.seq:
+            self._changes = self.overlay.seq, [pack_table(table) for table in self.overlay.changes()]
+        return self._changes
 
-    async def _probe(self, matrix: FloatArray, effort: Effort) -> Probed | None:
+    async def _ask_all(self, kind: Ask, body: bytes, timeout_s: float) -> list[bytes | None]:
+        answers = [part.ask(kind, body) for part in self.copies]
+        done, late = await asyncio.wait(answers, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        for answer in late:
+            answer.cancel()
+        return [answer.result() if answer in done else None for answer in answers]
+
+    async def _find_lists(self, matrix: FloatArray, effort: Effort) -> Probed | None:
         """Find the lists that queries look into; with a filter each replica finds its own, it may need more."""
         assert effort.probes is not None, "it was settled"
         if self._coarse is None or effort.where is not None:
@@ -269,7 +276,7 @@ class Router:
         if self.config.follow_s is not None:
             self._keep(self._follow(self.config.follow_s))
         if self.config.probe_s is not None:
-            self._keep(self._probe(self.config.probe_s))
+            self._keep(self._watch_recall(self.config.probe_s))
 
     def close(self) -> None:
         """Hang up everywhere."""
@@ -290,12 +297,18 @@ class Router:
     async def search(
         self, queries: ArrayLike, effort: Effort, *, require_all: bool = False, timeout_s: float | None = None
     ) -> Hits:
-        """Search the version served now, as `Served.search` does."""
+        """Check queries (Q, D) or (D,), and search the version served now, as `Served.search` does.
+
+        Raises:
+            QueryError: queries or effort cannot be answered.
+            ShardUnavailable: no shard answered, or one did not and all are required.
+        """
         with self.hold() as served:
-            return await served.search(queries, effort, require_all=require_all, timeout_s=timeout_s)
+            matrix = check_queries(queries, served.manifest.dim, served.manifest.metric)
+            return await served.search(matrix, effort, require_all=require_all, timeout_s=timeout_s)
 
     async def promote(self, version: str) -> Manifest:
-        """Serve another version: it is made ready, then the pointer moves, then queries go there.
+        """Serve another version: it is made ready, queries go there, then the pointer moves.
 
         Raises:
             BadInput, ArtefactError: there is no such version, it is damaged, or a replica has no room for it.
@@ -353,9 +366,9 @@ class Router:
                 async with self._writing:
                     await self._catch_up(coming)
                     going, self._served = self._served, coming
-            except BaseException:
-                coming.close()
-                raise
+            finally:
+                if self._served is not coming:
+                    coming.close()
             _log.info("version %s is served, after %s", version, going.manifest.version)
             self.meters.tell_version(coming.manifest)
             self._keep(self._drain(going))
@@ -388,7 +401,7 @@ class Router:
             except (GslError, OSError) as error:
                 _log.error("the promoted version cannot be served, %s stays: %s", self.manifest.version, error)
 
-    async def _probe(self, every_s: float) -> None:
+    async def _watch_recall(self, every_s: float) -> None:
         """Ask some queries whose true neighbours are known now and then, and tell the share that was found."""
         rng, sample, found = np.random.default_rng(), None, deque[float](maxlen=_REMEMBERED)
         while True:
@@ -427,7 +440,8 @@ class Router:
 async def _measure_recall(served: Served, sample: Sample, rng: np.random.Generator) -> list[float]:
     rows = rng.choice(len(sample.queries_QD), size=min(_PROBED, len(sample.queries_QD)), replace=False)
     queries, truth = sample.lay_over(served.overlay, rows)
-    hits = await served.search(queries, Effort(truth.shape[1]))
+    matrix = check_queries(queries, served.manifest.dim, served.manifest.metric)
+    hits = await served.search(matrix, Effort(truth.shape[1]))
     known = [(own[own != NO_ID], got) for own, got in zip(truth, hits.ids, strict=True)]
     return [float(np.isin(own, got).mean()) for own, got in known if len(own)]
 

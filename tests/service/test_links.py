@@ -134,11 +134,12 @@ def test_what_waited_longer_than_its_asker_is_not_searched(tmp_path, monkeypatch
         return answer(bodies)
 
     monkeypatch.setattr(held, "search_together", search)
-    body = {"vectors": make_queries(1).tolist(), "k": 2, "timeout_s": 0.1}
+    # Each asks for something else, so that none is searched together with another.
+    bodies = [{"vectors": make_queries(1).tolist(), "k": k, "timeout_s": 0.1} for k in range(1, 31)]
 
     async def ask_all():
         async with httpx.AsyncClient(timeout=20) as http:
-            return await asyncio.gather(*(http.post(f"{world.url}/v1/search", json=body) for _ in range(30)))
+            return await asyncio.gather(*(http.post(f"{world.url}/v1/search", json=body) for body in bodies))
 
     answers = asyncio.run(ask_all())
     assert {answer.status_code for answer in answers} == {503}

@@ -344,7 +344,7 @@ def test_a_replica_answers_nobody_who_does_not_know_the_secret(fragile):
         loop = asyncio.get_running_loop()
         _, asker = await loop.create_connection(lambda: Asker(1 << 20, lambda _: None), host, int(port))
         try:
-            return await asker.ask(Ask.HOLD, greet(secret, "v1", fragile.groups["replica-0"]), 5)
+            return await asyncio.wait_for(asker.ask(Ask.HOLD, greet(secret, "v1", fragile.groups["replica-0"])), 5)
         finally:
             asker.close()
 
