@@ -102,8 +102,11 @@ def merge_topk(answers: Sequence[Hits], k: int) -> Hits:
 
     Shapes: S answers of (Q, any) -> (Q, k).
     """
-    ids = np.concatenate([answer.ids for answer in answers], axis=1)
-    distances = np.concatenate([answer.distances for answer in answers], axis=1)
+    if len(answers) == 1:
+        ids, distances = answers[0].ids, answers[0].distances
+    else:
+        ids = np.concatenate([answer.ids for answer in answers], axis=1)
+        distances = np.concatenate([answer.distances for answer in answers], axis=1)
     if len(answers) > 1 or not (distances[:, 1:] > distances[:, :-1]).all():
         ids, distances = _take_nearest(ids, distances, min(k, ids.shape[1]))
     else:

@@ -223,7 +223,7 @@ def check_number(field: str, value: Any) -> float:
         QueryError: it is none.
     """
     is_number = isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= np.finfo(np.float32).max:
+    if not is_number or not abs(value) <= float(np.finfo(np.float32).max):
         raise QueryError(field, value, "it must be a finite number")
     return float(value)
 

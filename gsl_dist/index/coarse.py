@@ -95,6 +95,7 @@ def check_lists(probed: Probed, codebook: Codebook) -> Probed:
     Raises:
         QueryError: one is not, or the codebook is one of lines.
     """
-    if codebook.edges is not None or not np.all((probed.lists >= -1) & (probed.lists < codebook.lists)):
-        raise QueryError("lists", probed.lists, f"they are -1 to {codebook.lists - 1}, of a codebook without lines")
+    lists = probed.lists
+    if codebook.edges is not None or (lists.size and not -1 <= lists.min() <= lists.max() < codebook.lists):
+        raise QueryError("lists", lists, f"they are -1 to {codebook.lists - 1}, of a codebook without lines")
     return probed

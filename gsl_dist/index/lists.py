@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -129,15 +129,15 @@ class FaissLists:
         """
         if chosen is not None and self.codebook.kind in _UNSELECTED:
             return self._measure_lists(queries_QD, k, probes, chosen)
-        turned, params = turn_queries(queries_QD, self.codebook), faiss.SearchParametersIVF(nprobe=probes)
-        if chosen is not None:
-            params.sel = chosen.selector
+        turned = turn_queries(queries_QD, self.codebook)
+        params = look_into(probes) if chosen is None else faiss.SearchParametersIVF(nprobe=probes, sel=chosen.selector)
         if probed is not None and probed.lists.shape[1] == probes:
             answered, ids = search_probed(self.index, turned, k, probed, params)
             return read_distances(answered, ids, queries_QD, self.codebook), ids
         if (followed := follow_graph(self.centroids, probes)) is not None:
+            params = faiss.SearchParametersIVF(nprobe=probes, sel=params.sel, quantizer_params=followed)
             # Kept here as well: faiss holds no more than a pointer.
-            params.quantizer_params, params.referenced_objects = followed, [followed]
+            params.referenced_objects = [followed]
         answered, ids = self.index.search(turned, k, params=params)
         return read_distances(answered, ids, queries_QD, self.codebook), ids
 
@@ -180,6 +180,12 @@ class FaissLists:
     def write(self, path: Path) -> None:
         """Write the lists as a file that plain faiss opens."""
         write_shard(self.index, self.codebook, path)
+
+
+@lru_cache(maxsize=64)
+def look_into(probes: int) -> faiss.SearchParametersIVF:
+    """Give the parameters of a search in so many lists; nobody changes them, so that they are made once."""
+    return faiss.SearchParametersIVF(nprobe=probes)
 
 
 def name_file(shard: str, codebook: Codebook) -> str:

@@ -188,7 +188,9 @@ def read_distances(found_Qk: FloatArray, ids_Qk: IdArray, queries_QD: FloatArray
     if codebook.bias is not None:
         with np.errstate(over="ignore"):  # where nothing was found
             distances_Qk = np.square(queries_QD).sum(1, keepdims=True) - 2 * found_Qk
-    # There fast-scan answers anything.
+    if ids_Qk.size and ids_Qk.min() >= 0:
+        return distances_Qk
+    # Where nothing was found, fast-scan answers anything.
     return np.where(ids_Qk < 0, FAR, distances_Qk)
 
 
