@@ -49,14 +49,14 @@ def main() -> None:
 
 def show_load(result: dict[str, Any]) -> list[str]:
     """Give the lines about load, the claims first, and draw the curves."""
-    targets, by_replicas = result["targets"], result["by_replicas"]
+    targets, services = result["targets"], result["services"]
     lines = [f"## Load: {result['rows']:,} vectors in {result['shards']} shards, commit {result['commit']}\n"]
-    lines += ["| replicas | one query over the echo, json, binary | batches over one process |"]
+    lines += ["| replicas, shards dealt out | one query over the echo, json, binary | batches over one process |"]
     lines += [f"| | at most {targets['ratio_to_echo']} | at least {targets['batches']} |", "|---" * 3 + "|"]
     lines[-2:] = [lines[-1], lines[-2]]
-    for replicas, measured in by_replicas.items():
+    for service, measured in services.items():
         ratios = [show_ratio(measured["single"][body]) for body in ("json", "binary")]
-        lines.append(f"| {replicas} | {', '.join(ratios)} | {show_ratio(measured['batches'])} |")
+        lines.append(f"| {service} | {', '.join(ratios)} | {show_ratio(measured['batches'])} |")
     lines += ["\nMedians of the rounds, with the least and the most.\n"]
     lines += [
         f"At {HIGH:.0%} of saturation 99 of 100 queries should take at most {targets['p99_over_median']:g} times the"
@@ -65,9 +65,9 @@ def show_load(result: dict[str, Any]) -> list[str]:
         "median. `saturated`: what 32 connections without pause are answered a second. A question's time counts from"
     ]
     lines += ["when it was due, also where the asker was late (`asked_late_p99_ms`); `other`: refused or broken.\n"]
-    for replicas, measured in by_replicas.items():
+    for service, measured in services.items():
         for body, curve in measured["load"].items():
-            lines += [f"### {replicas} replicas, {body}: saturated at {curve['saturation_per_s']:,} a second\n"]
+            lines += [f"### {service}, {body}: saturated at {curve['saturation_per_s']:,} a second\n"]
             if curve["cores_kept_by_others"] > BUSY:
                 lines += [
                     f"Other jobs kept {curve['cores_kept_by_others']:.1f} of {result['machine']['cores']} cores busy:"
@@ -80,7 +80,7 @@ def show_load(result: dict[str, Any]) -> list[str]:
                 )
                 lines.append(f"| {point['share']:.0%} | {shown} |")
             lines += [""]
-    draw_curves(by_replicas)
+    draw_curves(services)
     return [*lines, "![Median and 99th percentile against offered load](service-load.svg)\n"]
 
 
@@ -88,16 +88,16 @@ def show_ratio(figures: dict[str, Any]) -> str:
     return f"{figures['ratio']:.2f} ({figures['ratio_min']:.2f} to {figures['ratio_max']:.2f})"
 
 
-def draw_curves(by_replicas: dict[str, Any]) -> None:
-    """Draw median and tail against offered load, a panel for each number of replicas."""
-    figure, panels = plt.subplots(1, len(by_replicas), figsize=(4 * len(by_replicas), 3.4), sharey=True, squeeze=False)
-    for panel, (replicas, measured) in zip(panels[0], by_replicas.items(), strict=True):
+def draw_curves(services: dict[str, Any]) -> None:
+    """Draw median and tail against offered load, a panel for each service."""
+    figure, panels = plt.subplots(1, len(services), figsize=(4 * len(services), 3.4), sharey=True, squeeze=False)
+    for panel, (service, measured) in zip(panels[0], services.items(), strict=True):
         for (body, curve), colour in zip(measured["load"].items(), ("tab:blue", "tab:orange"), strict=True):
             offered = [point["offered_per_s"] for point in curve["points"]]
             for name, style in (("p50_ms", "-"), ("p99_ms", "--")):
                 times = [point[name] for point in curve["points"]]
                 panel.plot(offered, times, style, color=colour, marker="o", markersize=3, label=f"{body} {name[:3]}")
-        panel.set(title=f"{replicas} replicas", xlabel="offered queries a second", yscale="log")
+        panel.set(title=f"{service}", xlabel="offered queries a second", yscale="log")
         panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("ms")
     panels[0, 0].legend(fontsize=7)

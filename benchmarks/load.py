@@ -1,10 +1,11 @@
 """How a service answers as more and more is asked of it, and what it costs beside an echo and beside one process.
 
-    OMP_NUM_THREADS=1 python benchmarks/load.py [--replicas 2 1 4] [--quick]
+    OMP_NUM_THREADS=1 python benchmarks/load.py [--services "2 by id" "2 by cell" "1 by id" "4 by id"] [--quick]
 
-A million vectors in four shards, held by one, two and four replicas of one thread each. First as many connections as
-saturate the service ask without pause; then questions come at random at shares of that rate from two processes that do
-not wait for answers (`offered.py`), so that what queues is seen. Those processes take their time from the same cores.
+A million vectors in four shards, dealt out by id or by cell, held by one, two and four replicas of one thread each.
+First as many connections as saturate the service ask without pause; then questions come at random at shares of that
+rate from two processes that do not wait for answers (`offered.py`), so that what queues is seen. Those processes take
+their time from the same cores.
 
 Claims, the first two as `serving.py` has them: the median of one query is at most 2.5 times that of an echo through the
 same server; batches of 1,024 reach at least 0.9 of what one process with as many threads does; at 70% of saturation 99
@@ -32,11 +33,13 @@ from serving import PROBES, SHARDS, K, build_index, compare_latency, compare_thr
 
 from gsl_dist.cluster.serve import ServeConfig, serve, stop_service
 from gsl_dist.config import Resources
+from gsl_dist.index.portions import Sharding
 from gsl_dist.index.search import open_searcher
 from gsl_dist.measure import write_body
 from gsl_dist.wire import QUERY_TYPE
 
-ROWS, REPLICAS, ASKERS, CONNECTIONS = 1_000_000, (2, 1, 4), 2, 16
+ROWS, ASKERS, CONNECTIONS = 1_000_000, 2, 16
+SERVICES = ("2 by id", "2 by cell", "1 by id", "4 by id")
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
 KINDS = {"json": "application/json", "binary": QUERY_TYPE}
 HIGH = 0.7
@@ -47,19 +50,23 @@ def main() -> None:
     """Build once, serve it three ways, measure, write and show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter and fewer rounds")
-    parser.add_argument("--replicas", type=int, nargs="*", default=list(REPLICAS))
+    parser.add_argument("--services", nargs="*", default=list(SERVICES), choices=SERVICES, metavar="N by id|cell")
     wanted = parser.parse_args()
     quick = wanted.quick
     base, queries, name = load_vectors(ROWS)
     result: dict[str, Any] = {"vectors": name, "rows": ROWS, "shards": SHARDS, "k": K, "probes": PROBES}
-    result |= {"askers": ASKERS, "targets": TARGETS, "by_replicas": {}}
-    ray.init(address="local", num_cpus=max(REPLICAS), include_dashboard=False, log_to_driver=False)
+    result |= {"askers": ASKERS, "targets": TARGETS, "services": {}}
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(ASKERS) as askers:
-        build_index(folder, base)
+        shardings: dict[str, Sharding] = {"id": "id", "cell": "cell"}
+        for name, sharding in shardings.items():
+            build_index(f"{folder}/{name}", base, sharding)
         del base
-        for replicas in wanted.replicas:
-            result["by_replicas"][replicas] = measure_service(folder, replicas, queries, askers, quick=quick)
-            print_load(replicas, result["by_replicas"][replicas])
+        for service in wanted.services:
+            replicas, _, sharding_name = service.split()
+            measured = measure_service(f"{folder}/{sharding_name}", int(replicas), queries, askers, quick=quick)
+            result["services"][service] = measured
+            print_load(service, measured)
             write_result("load", result)
     ray.shutdown()
 
@@ -145,8 +152,8 @@ def summarize_answers(parts: list[Answers]) -> dict[str, float]:
     return {"answered_per_s": answered, **tails, "asked_late_p99_ms": float(np.percentile(late_ms, 99)), "other": other}
 
 
-def print_load(replicas: int, measured: dict[str, Any]) -> None:
-    print(f"\n{replicas} replicas: batches {measured['batches']['ratio']} of one process", flush=True)
+def print_load(service: str, measured: dict[str, Any]) -> None:
+    print(f"\n{service}: batches {measured['batches']['ratio']} of one process", flush=True)
     for body, found in measured["load"].items():
         single = measured["single"][body]
         print(f"{body}: one query {single['served_p50_ms']} ms, {single['ratio']} times the echo;", end=" ")

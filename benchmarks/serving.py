@@ -28,6 +28,7 @@ from gsl_dist.client import Client
 from gsl_dist.cluster.serve import ServeConfig, Service, serve, stop_service
 from gsl_dist.config import Resources
 from gsl_dist.index.manifest import CODEBOOK, Manifest, ShardEntry, promote_version, publish_version, version_folder
+from gsl_dist.index.portions import Sharding
 from gsl_dist.index.search import LocalSearcher, open_searcher
 from gsl_dist.index.shards import create_shard, extract_codebook, fill_shard, read_lists
 from gsl_dist.measure import measure_latency, measure_throughput
@@ -68,7 +69,7 @@ def load_hundred_thousand() -> tuple[NDArray[np.float32], NDArray[np.float32], s
     return base.astype(np.float32), queries.astype(np.float32), "clustered_100k"
 
 
-def build_index(folder: str, base: NDArray[np.float32]) -> None:
+def build_index(folder: str, base: NDArray[np.float32], sharding: Sharding = "id") -> None:
     """Train IVF-PQ with faiss and publish its codes as shards."""
     cells_wanted = CELLS_BY_ROWS[len(base)]
     whole = faiss.IndexIVFPQ(faiss.IndexFlatL2(base.shape[1]), base.shape[1], cells_wanted, SUB_VECTORS, 8)
@@ -81,7 +82,8 @@ def build_index(folder: str, base: NDArray[np.float32]) -> None:
     codebook.save(place, CODEBOOK)
     entries = []
     for rank in range(SHARDS):
-        mine, shard, name = ids % SHARDS == rank, create_shard(codebook), f"shard-{rank:05d}"
+        dealt = ids if sharding == "id" else cells
+        mine, shard, name = dealt % SHARDS == rank, create_shard(codebook), f"shard-{rank:05d}"
         fill_shard(shard, ids[mine], cells[mine], codes[mine])
         with place.whole(f"{name}.faiss") as path:
             faiss.write_index(shard, str(path))
@@ -93,6 +95,7 @@ def build_index(folder: str, base: NDArray[np.float32]) -> None:
         fingerprint=codebook.fingerprint,
         bytes_per_item=codebook.code_bytes,
         rows=len(base),
+        sharding=sharding,
         shards=entries,
         codebook=place.pin(CODEBOOK),
         **shape,

@@ -20,10 +20,9 @@ from gsl_dist.artefact import open_card
 from gsl_dist.codebook import Codebook, FloatArray, IdArray
 from gsl_dist.data import CorpusConfig, open_corpus
 from gsl_dist.errors import DataError
-from gsl_dist.index.bulk import open_store
 from gsl_dist.index.lists import open_lists
 from gsl_dist.index.manifest import Manifest, ShardEntry, open_codebook, version_folder
-from gsl_dist.index.search import check_queries
+from gsl_dist.index.search import check_queries, open_store
 from gsl_dist.storage import Folder
 
 if TYPE_CHECKING:

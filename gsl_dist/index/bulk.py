@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 
 from gsl_dist.codebook import FloatArray, Standing
 from gsl_dist.hits import Effort, Hits, merge_topk
-from gsl_dist.index.lists import join_lists, open_lists
 from gsl_dist.index.manifest import Manifest, ShardEntry, open_codebook, version_folder
-from gsl_dist.index.refine import VectorStore, measure_exactly, open_vectors
-from gsl_dist.index.search import LocalSearcher
+from gsl_dist.index.refine import VectorStore, measure_exactly
+from gsl_dist.index.search import LocalSearcher, open_shards, open_store
 from gsl_dist.index.selection import Payload, Places
 from gsl_dist.index.sweep import rank_kept, sweep_lists
 from gsl_dist.storage import Folder
@@ -82,21 +81,9 @@ class CodedSearch:
         return open_stores(self._folder, self._manifest)
 
     def _open(self, names: Sequence[str]) -> LocalSearcher:
-        entries, codebook = [shard for shard in self._manifest.shards if shard.name in names], self._codebook
-        opened = []
-        for entry in entries:
-            self._folder.check(entry.index)
-            with self._folder.local(entry.index.name) as path:
-                opened.append(open_lists(path, codebook))
-        lists = join_lists(opened)
-
-        def stand(places_n: NDArray[np.int64]) -> Standing:
-            lists_n, codes = lists.take(places_n)
-            return codebook.stand_for(lists_n, codebook.unpack(codes))
-
-        payload = Payload(self._folder, _list_payload(entries), lambda: lists.places, stand)
-        own = sweep_lists(lists) if self._is_swept else lists
-        return LocalSearcher(self._manifest, codebook, own, tuple(entry.name for entry in entries), payload)
+        entries = [shard for shard in self._manifest.shards if shard.name in names]
+        searcher = open_shards(self._folder, self._manifest, self._codebook, entries)
+        return replace(searcher, lists=sweep_lists(searcher.lists)) if self._is_swept else searcher
 
 
 class ExactSearch:
@@ -143,18 +130,6 @@ def open_stores(folder: Folder, manifest: Manifest) -> list[VectorStore]:
         ArtefactError: a file is damaged.
     """
     return [open_store(folder, manifest, entry) for entry in manifest.shards]
-
-
-def open_store(folder: Folder, manifest: Manifest, entry: ShardEntry) -> VectorStore:
-    """Map the vectors of a shard.
-
-    Raises:
-        ArtefactError: the file is damaged.
-    """
-    assert entry.vectors is not None and manifest.vectors is not None, entry.name
-    folder.check(entry.vectors)
-    with folder.local(entry.vectors.name) as path:
-        return open_vectors(path, entry.rows, manifest.dim, manifest.vectors)
 
 
 def plan_passes(manifest: Manifest, effort: Effort, room_bytes: int) -> list[list[str]]:

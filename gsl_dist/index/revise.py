@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gsl_dist.codebook import CodeArray, Codebook, FloatArray, IdArray
-from gsl_dist.index.lists import Lists, make_lists, name_file, open_lists
+from gsl_dist.index.lists import Lists, make_lists, name_file
 from gsl_dist.index.manifest import Manifest, ShardEntry, open_codebook, version_folder
-from gsl_dist.index.refine import VectorStore, keep_vectors, open_vectors
+from gsl_dist.index.refine import VectorStore, keep_vectors
+from gsl_dist.index.search import open_shard, open_store
 from gsl_dist.index.selection import Places, find_sorted, replace_values
 from gsl_dist.storage import FileEntry, Folder
 
@@ -103,10 +104,7 @@ def write_rows(index: Folder, manifest: Manifest, name: str, rows: NewRows, targ
 
 
 def _open_lists(index: Folder, manifest: Manifest, entry: ShardEntry, codebook: Codebook) -> Lists:
-    folder = version_folder(index, manifest.version)
-    folder.check(entry.index)
-    with folder.local(entry.index.name) as path:
-        return open_lists(path, codebook)
+    return open_shard(version_folder(index, manifest.version), entry, codebook)
 
 
 def _write_lists(
@@ -127,13 +125,11 @@ def _leave_out(lists: Lists, gone_n: IdArray) -> tuple[IdArray, IdArray, CodeArr
 def _rewrite_vectors(
     source: Folder, folder: Folder, manifest: Manifest, entry: ShardEntry, gone_n: IdArray
 ) -> FileEntry:
-    assert entry.vectors is not None and manifest.vectors is not None, entry.name
-    source.check(entry.vectors)
-    with source.local(entry.vectors.name) as path:
-        store = open_vectors(path, entry.rows, manifest.dim, manifest.vectors)
-        stays_N = ~np.isin(store.ids_N, gone_n)
-        with folder.whole(entry.vectors.name) as written:
-            VectorStore(store.ids_N[stays_N], store.kept_ND[stays_N], store.low_D, store.step_D).write(written)
+    assert entry.vectors is not None, entry.name
+    store = open_store(source, manifest, entry)
+    stays_N = ~np.isin(store.ids_N, gone_n)
+    with folder.whole(entry.vectors.name) as written:
+        VectorStore(store.ids_N[stays_N], store.kept_ND[stays_N], store.low_D, store.step_D).write(written)
     return folder.pin(entry.vectors.name)
 
 

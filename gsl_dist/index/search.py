@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import faiss
@@ -295,24 +295,43 @@ def open_searcher(
         known = ", ".join(shard.name for shard in manifest.shards)
         raise QueryError("shards", sorted(missing), f"version {manifest.version} has {known}", status=404)
     folder = version_folder(index, manifest.version)
-    whole = join_lists([_open_shard(folder, entry, codebook) for entry in entries])
-    stores = tuple(_open_vectors(folder, entry, manifest) for entry in entries if manifest.vectors)
+    searcher = open_shards(folder, manifest, codebook, entries)
+    return replace(searcher, stores=tuple(open_store(folder, manifest, entry) for entry in entries if manifest.vectors))
+
+
+def open_shards(folder: Folder, manifest: Manifest, codebook: Codebook, entries: Sequence[ShardEntry]) -> LocalSearcher:
+    """Verify and open some shards of a version, and leave their vectors alone.
+
+    Raises:
+        ArtefactError: a file is damaged or was built with another codebook.
+    """
+    whole = join_lists([open_shard(folder, entry, codebook) for entry in entries])
 
     def stand(places_n: NDArray[np.int64]) -> Standing:
         lists_n, codes = whole.take(places_n)
         return codebook.stand_for(lists_n, codebook.unpack(codes))
 
     payload = Payload(folder, [entry.payload for entry in entries if entry.payload], lambda: whole.places, stand)
-    return LocalSearcher(manifest, codebook, whole, tuple(entry.name for entry in entries), payload, stores)
+    return LocalSearcher(manifest, codebook, whole, tuple(entry.name for entry in entries), payload)
 
 
-def _open_shard(folder: Folder, entry: ShardEntry, codebook: Codebook) -> Lists:
+def open_shard(folder: Folder, entry: ShardEntry, codebook: Codebook) -> Lists:
+    """Verify and open the lists of a shard.
+
+    Raises:
+        ArtefactError: the file is damaged or was built with another codebook.
+    """
     folder.check(entry.index)
     with folder.local(entry.index.name) as path:
         return open_lists(path, codebook)
 
 
-def _open_vectors(folder: Folder, entry: ShardEntry, manifest: Manifest) -> VectorStore:
+def open_store(folder: Folder, manifest: Manifest, entry: ShardEntry) -> VectorStore:
+    """Verify and map the vectors of a shard.
+
+    Raises:
+        ArtefactError: the file is damaged.
+    """
     assert entry.vectors is not None and manifest.vectors is not None, entry.name
     folder.check(entry.vectors)
     with folder.local(entry.vectors.name) as path:

@@ -45,7 +45,7 @@ async def answer_question(served: Served, question: Question, encode: Encode | N
     while True:
         left_s = None if question.timeout_s is None else max(1e-3, question.timeout_s - (time.monotonic() - start))
         # A point that was measured for k holds for the few more that a page takes.
-        asked = _reach_further(effort, min(reach, MAX_K), served.manifest)
+        asked = _reach_further(effort, min(reach, MAX_K))
         hits = await served.search(queries_QD, asked, require_all=question.require_all, timeout_s=left_s)
         keep_Qk = hits.ids != NO_ID if own_Q is None else (hits.ids != NO_ID) & (hits.ids != own_Q[:, None])
         if question.group_by is not None:
@@ -79,7 +79,7 @@ async def _find_queries(served: Served, question: Question, encode: Encode | Non
     return check_queries(encoded, manifest.dim, manifest.metric), None
 
 
-def _reach_further(effort: Effort, reach: int, manifest: Manifest) -> Effort:
+def _reach_further(effort: Effort, reach: int) -> Effort:
     if reach == effort.k or effort.refine is None:
         return effort._replace(k=reach)
     return effort._replace(k=reach, refine=max(1, min(effort.refine, MAX_K // reach)))
