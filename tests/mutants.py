@@ -187,3 +187,31 @@ def attack(url, count, seed, *, requests=None, raw_share=0.02):
         if status is not None and status >= 500:
             failed.append((status, asked, told))
     return statuses, failed
+
+
+def attack_rpc(place, count, seed, *, dim=16):
+    """Send so many mutants of messages to the gRPC door, as `attack` does to the HTTP door."""
+    import grpc
+
+    from gsl_dist.service.rpc import SERVICE
+    from gsl_dist.service.search_pb2 import SearchRequest
+
+    vectors = make_queries(2, dim=dim).astype("<f4").tobytes()
+    rich = {"probes": 4, "refine": 2, "within": 1e3, "where": '{"label": {"$in": [1, 2]}}', "offset": 2}
+    rich |= {"group_by": "label", "group_size": 2, "payload": ["title", "label"]}
+    messages = [
+        SearchRequest(vectors=vectors, dim=dim, k=5, **more).SerializeToString() for more in ({}, rich, {"recall": 0.5})
+    ]
+    rng, statuses, failed = np.random.default_rng(seed), {}, []
+    with grpc.insecure_channel(place) as channel:
+        ask = channel.unary_unary(f"/{SERVICE}/Search")
+        for _ in range(count):
+            body = mutate(messages[rng.integers(len(messages))], rng, messages)
+            try:
+                status = ask(body, timeout=20) and "OK"
+            except grpc.RpcError as error:
+                status = error.code().name
+            statuses[status] = statuses.get(status, 0) + 1
+            if status not in ("OK", "INVALID_ARGUMENT", "NOT_FOUND"):
+                failed.append((status, body))
+    return statuses, failed

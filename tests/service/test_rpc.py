@@ -14,11 +14,13 @@ pytest.importorskip("grpc")
 import grpc
 from fleets import World
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
+from mutants import attack_rpc
 from worlds import make_index, make_queries
 
 from gsl_dist.client import Client
 from gsl_dist.errors import ConfigError
 from gsl_dist.service.access import make_token
+from gsl_dist.service.reading import Limits
 from gsl_dist.service.rpc import SERVICE, RpcDoor
 from gsl_dist.service.search_pb2 import DESCRIPTOR, SearchReply, SearchRequest
 from gsl_dist.wire import unpack_table
@@ -118,3 +120,11 @@ def test_the_messages_are_those_of_the_proto(tmp_path):
     for field in (field for message in described.message_type for field in message.field):
         field.ClearField("json_name")  # follows from the name
     assert described == FileDescriptorProto.FromString(DESCRIPTOR.serialized_pb)
+
+
+def test_mutants_of_messages_are_answered_or_refused_by_name(tmp_path):
+    make_index(tmp_path, payload=pa.table({"label": np.arange(400) % 7, "title": np.arange(400).astype(str)}))
+    world = World(tmp_path, rpc=RpcDoor, limits=Limits(batch=64, body_bytes=1 << 20))
+    statuses, failed = attack_rpc(f"127.0.0.1:{world.rpc.port}", 1500, seed=1)
+    assert not failed and {"OK", "INVALID_ARGUMENT"} <= set(statuses), statuses
+    world.stop()
