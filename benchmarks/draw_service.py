@@ -22,6 +22,8 @@ from matplotlib import pyplot as plt
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 HIGH, BUSY = 0.7, 0.2
 COLUMNS = ("offered_per_s", "answered_per_s", "p50_ms", "p99_ms", "p99_over_median", "asked_late_p99_ms", "other")
+ROUTES = {"reading": "that write nothing", "all": "all", "rpc": "the gRPC door"}
+STATUSES = (("200", "OK"), ("400", "INVALID_ARGUMENT"), ("404", "NOT_FOUND"), ("None",))
 TRIALS = {
     "copies": "two copies of every part, one of each killed",
     "alone": "one replica a part, one or all killed",
@@ -132,10 +134,14 @@ def show_fuzz(result: dict[str, Any]) -> list[str]:
         "with a 5xx that no page documents; one not answered within 20 s would have ended the run. `none`: what was"
     ]
     lines += ["no HTTP any more, and was hung up on.\n"]
-    lines += ["| routes | requests | 200 | 400 | 404 | none | failed | resident MB at each tenth |", "|---" * 8 + "|"]
-    for name, routes in (("reading", "that write nothing"), ("all", "all")):
-        found = result[name]
-        counts = " | ".join(f"{found['statuses'].get(status, 0):,}" for status in ("200", "400", "404", "None"))
+    lines += [
+        "| routes | requests | answered | refused | not found | none | failed | resident MB at each tenth |",
+        "|---" * 8 + "|",
+    ]
+    for name, routes in ROUTES.items():
+        if (found := result.get(name)) is None:
+            continue
+        counts = " | ".join(f"{sum(found['statuses'].get(status, 0) for status in kind):,}" for kind in STATUSES)
         memory = ", ".join(f"{size:.0f}" for size in found["resident_mb"])
         lines.append(f"| {routes} | {found['requests']:,} | {counts} | {found['failed']} | {memory} |")
     return [*lines, ""]
