@@ -68,7 +68,18 @@ def draw_factors(codes, codebook, rng):
 
 
 def make_index(
-    folder, *, rows=400, dim=16, cells=8, shards=3, seed=0, version="v1", codebook=None, vectors=None, payload=None
+    folder,
+    *,
+    rows=400,
+    dim=16,
+    cells=8,
+    shards=3,
+    seed=0,
+    version="v1",
+    codebook=None,
+    vectors=None,
+    payload=None,
+    sharding="id",
 ):
     """Publish and promote a version of random codes in `folder`, and give its manifest.
 
@@ -81,7 +92,9 @@ def make_index(
     place = version_folder(index, version)
     codebook.save(place, CODEBOOK)
     entries = []
-    for rank, ids_N in enumerate(np.array_split(np.arange(rows, dtype=np.int64), shards)):
+    ids = np.arange(rows, dtype=np.int64)
+    by_cell = [ids[cells_N % shards == rank] for rank in range(shards)]
+    for rank, ids_N in enumerate(np.array_split(ids, shards) if sharding == "id" else by_cell):
         name = f"shard-{rank:05d}"
         file = name_file(name, codebook)
         with place.whole(file) as path:
@@ -103,6 +116,7 @@ def make_index(
         shards=entries,
         codebook=place.pin(CODEBOOK),
         vectors=vectors,
+        sharding=sharding,
         **describe_codebook(codebook),
     )
     publish_version(index, manifest)

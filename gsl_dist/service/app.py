@@ -306,7 +306,8 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
     async def health(request: Request) -> Response:
         async def work(_: bytes) -> Response:
             with router.hold() as served:
-                hits = await served.search(np.ones((1, served.manifest.dim), np.float32), Effort(1, 1, 1))
+                anything = np.ones((1, served.manifest.dim), np.float32)
+                hits = await served.search(anything, Effort(1, 1, 1), everywhere=True)
             return show_json({"status": "partial" if hits.is_partial else "ok", **_show_share(hits)})
 
         try:

@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gsl_dist.errors import BadInput, GslError
 from gsl_dist.index.manifest import Manifest, ShardEntry
@@ -89,6 +90,7 @@ class Link:
     def __init__(self, name: str, shards: Sequence[str], fleet: Fleet, version: str, changes: Changes) -> None:
         self.name, self.fleet = name, fleet
         self.waiting = 0
+        self.held: bytes | None = None
         self.refusal: GslError | None = None
         self._greeting, self._changes = greet(fleet.secret, version, shards), changes
         self._asker: Asker | None = None
@@ -142,7 +144,7 @@ class Link:
                 lambda: Asker(fleet.max_bytes, self._lose), host, int(port), ssl=fleet.tls, server_hostname=_name(fleet)
             )
             _, asker = await asyncio.wait_for(way, _CONNECT_S)
-            await asyncio.wait_for(asker.ask(Ask.HOLD, self._greeting), fleet.load_s)
+            held = await asyncio.wait_for(asker.ask(Ask.HOLD, self._greeting), fleet.load_s)
             told = -1
             while (coming := self._changes())[0] != told:
                 told, bodies = coming
@@ -155,7 +157,7 @@ class Link:
                 asker.close()
             return False
         # Nothing was awaited since all that is written was told, so that nothing can have been missed.
-        self._asker, self.refusal = asker, None
+        self._asker, self.held, self.refusal = asker, held, None
         _log.info("%s answers at %s", self.name, address)
         return True
 
@@ -188,6 +190,11 @@ class Copies:
     def is_connected(self) -> bool:
         """Tell whether one of them can be asked."""
         return any(link.is_connected for link in self.links)
+
+    @property
+    def held(self) -> bytes | None:
+        """Give a bit for each list, set where rows lie in it; None until a copy was first connected."""
+        return next((link.held for link in self.links if link.held is not None), None)
 
     def ask(self, kind: Ask, body: bytes) -> asyncio.Future[bytes | None]:
         """Ask a copy, and others where that is of use, and give what the first answer will be.
@@ -310,6 +317,20 @@ def name_copies(group: str, copies: int) -> list[str]:
 def find_missing(copies: Sequence[Copies], answers: Sequence[bytes | None]) -> tuple[str, ...]:
     """Give the shards that no copy answered for."""
     return tuple(shard for part, answer in zip(copies, answers, strict=True) if answer is None for shard in part.shards)
+
+
+def find_owners(copies: Sequence[Copies], lists: int) -> NDArray[np.int64] | None:
+    """Give for each list the only part that has rows in it, -1 where none has; None where lists lie in several parts.
+
+    Shapes: -> (R,) of as many lists.
+    """
+    owners_R = np.full(lists, -1)
+    for place, part in enumerate(copies):
+        held_R = np.unpackbits(np.frombuffer(part.held or b"", np.uint8), count=lists).astype(bool)
+        if (owners_R[held_R] >= 0).any():
+            return None
+        owners_R[held_R] = place
+    return owners_R
 
 
 def count_connected(copies: Sequence[Copies]) -> dict[str, int]:

@@ -36,6 +36,7 @@ import uvloop
 from gsl_dist.errors import ArtefactError, BadInput, ConfigError, GslError, QueryError, pack_error
 from gsl_dist.hits import Effort, Hits
 from gsl_dist.index.coarse import Probed, check_lists
+from gsl_dist.index.lists import FaissLists
 from gsl_dist.index.search import LocalSearcher, check_effort
 from gsl_dist.service.frames import Ask, Frame, Frames, Status, read_greeting
 from gsl_dist.wire import QUERY_HEAD_BYTES, pack_hits, pack_table, read_patience, tell_apart, unpack_query, unpack_table
@@ -54,11 +55,12 @@ _GRACE_S = 5.0
 
 @dataclass
 class Holding:
-    """Shards of one version, and how many connections are about them."""
+    """Shards of one version, which lists they have rows in, and how many connections are about them."""
 
     version: str
     shards: tuple[str, ...]
     searcher: LocalSearcher
+    held: bytes = b""
     users: int = 0
 
     def answer(self, kind: int, body: bytes) -> Answer:
@@ -144,8 +146,9 @@ class Replica:
         """
         key = version, tuple(sorted(shards))
         if key not in self._held:
-            holding = Holding(*key, self._open_held(*key))
-            probe(holding.searcher)
+            searcher = self._open_held(*key)
+            holding = Holding(*key, searcher, tell_lists(searcher))
+            probe(searcher)
             self._held[key] = holding
         return self._held[key]
 
@@ -262,7 +265,7 @@ class Answerer(Frames):
         codebook = holding.searcher.codebook
         longest = QUERY_HEAD_BYTES + 4 * codebook.dim + 8 * min(codebook.lists, _FEW_LISTS)
         self._quick_bytes = longest if self._replica.threads == 1 else 0
-        self.send(ticket, Status.DONE, b"")
+        self.send(ticket, Status.DONE, holding.held)
 
     def _search(self, tickets: list[int], bodies: list[bytes]) -> None:
         assert self._holding is not None, "questions come after the greeting"
@@ -289,6 +292,12 @@ class Answerer(Frames):
 def probe(searcher: LocalSearcher) -> None:
     """Search once, as a query would."""
     searcher.search(np.ones(searcher.codebook.dim), 1, probes=1, refine=1)
+
+
+def tell_lists(searcher: LocalSearcher) -> bytes:
+    """Give a bit for each list, set where rows lie in it; nothing where routers name no lists."""
+    lists = searcher.lists
+    return np.packbits(np.diff(lists.offsets) > 0).tobytes() if isinstance(lists, FaissLists) else b""
 
 
 def is_loopback(host: str) -> bool:
@@ -321,11 +330,11 @@ def _group_alike(searches: list[tuple[int, bytes]]) -> list[list[tuple[int, byte
 def _search_batch(searcher: LocalSearcher, bodies: Sequence[bytes]) -> list[Hits]:
     asked = [_read_search(searcher, body) for body in bodies]
     if any(question[1] != asked[0][1] for question in asked):  # filters are told apart by their length alone
-        return [searcher.find(*question) for question in asked]
+        return [searcher.gather(*question) for question in asked]
     queries_QD = np.concatenate([question[0] for question in asked])
     named = [question[2] for question in asked if question[2] is not None]
     probed = Probed(*(np.concatenate(arrays) for arrays in zip(*named, strict=True))) if named else None
-    whole = searcher.find(queries_QD, asked[0][1], probed)
+    whole = searcher.gather(queries_QD, asked[0][1], probed)
     ends = [0, *itertools.accumulate(len(question[0]) for question in asked)]
     return [
         replace(whole, ids=whole.ids[start:end], distances=whole.distances[start:end])
@@ -343,8 +352,8 @@ def _read_search(searcher: LocalSearcher, body: bytes) -> tuple[np.ndarray, Effo
 
 
 def _answer_search(searcher: LocalSearcher, body: bytes) -> bytes:
-    # The router turns distances to what users see, once all replicas' are merged.
-    return pack_hits(searcher.find(*_read_search(searcher, body)))
+    # The router puts hits in order and turns distances to what users see, once all replicas' are merged.
+    return pack_hits(searcher.gather(*_read_search(searcher, body)))
 
 
 def _answer_fetch(searcher: LocalSearcher, body: bytes) -> bytes:

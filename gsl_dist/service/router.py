@@ -21,7 +21,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -38,7 +38,7 @@ from gsl_dist.index.overlay import Overlay, read_overlay
 from gsl_dist.index.sample import Sample, read_sample
 from gsl_dist.index.search import check_effort, check_queries
 from gsl_dist.service.frames import Ask
-from gsl_dist.service.links import Fleet, find_missing
+from gsl_dist.service.links import Copies, Fleet, find_missing, find_owners
 from gsl_dist.service.meters import Meters
 from gsl_dist.storage import Folder
 from gsl_dist.wire import pack_query, pack_table, unpack_hits, unpack_table
@@ -90,6 +90,8 @@ class Served:
         self.manifest, self.overlay, self._coarse, self._fleet, self._meters = manifest, overlay, coarse, fleet, meters
         self._changes: tuple[int, list[bytes]] = -1, []
         self.copies = fleet.link(manifest, self.changes)
+        self._owners_R: IdArray | None = None
+        self._is_dealt = coarse is not None
         self.users = 0
 
     @property
@@ -115,15 +117,25 @@ class Served:
         return next((link.refusal for part in self.copies for link in part.links if link.refusal), None)
 
     async def search(
-        self, queries_QD: FloatArray, effort: Effort, *, require_all: bool = False, timeout_s: float | None = None
+        self,
+        queries_QD: FloatArray,
+        effort: Effort,
+        *,
+        require_all: bool = False,
+        timeout_s: float | None = None,
+        everywhere: bool = False,
     ) -> Hits:
         """Give the nearest items of each query among the shards that answer in time, as users see them.
+
+        Where each list lies in one part alone, as by cell, those are asked that hold what the queries look into: the
+        others have nothing to say, whether they live or not.
 
         Args:
             queries_QD: as `check_queries` gives them.
             effort: how many, which, and how hard to look.
             require_all: raise instead of leaving shards out.
             timeout_s: how long the caller waits; by default, and at most, what the fleet is given.
+            everywhere: ask all parts, to see which of them answer.
 
         Shapes: (Q, D) -> ids (Q, k) int64, distances (Q, k) float32.
         Raises:
@@ -136,16 +148,17 @@ class Served:
         probed = await self._find_lists(queries_QD, effort)
         body = pack_query(queries_QD, effort._replace(within=None), probed, patience_s)
         asked = self._meters.note("coarse", start)
-        answers = await self._ask_all(Ask.SEARCH, body, patience_s - (asked - start))
+        parts = self.copies if everywhere else self._choose_parts(probed)
+        answers = await _ask_all(parts, Ask.SEARCH, body, patience_s - (asked - start))
         answered = self._meters.note("fanout", asked)
-        missing = find_missing(self.copies, answers)
+        missing, total = find_missing(parts, answers), len(self.manifest.shards)
         found = [unpack_hits(answer) for answer in answers if answer is not None]
         if missing and (require_all or not found):
-            raise ShardUnavailable(list(missing), len(self.manifest.shards))
+            raise ShardUnavailable(list(missing), total)
         if self.overlay.rows:
             found.append(await self._search_new(queries_QD, effort))
-        whole = found[0] if len(found) == 1 else merge_topk(found, effort.k)
-        whole = replace(whole, shards_total=len(self.manifest.shards), missing=missing, version=self.manifest.version)
+        near = merge_topk(found, effort.k)
+        whole = Hits(near.ids, near.distances, total - len(missing), total, self.manifest.version, missing)
         shown = cut_within(show_distances(whole, metric), effort.within, metric)
         self._meters.note("merge", answered)
         return shown
@@ -167,7 +180,7 @@ class Served:
         wanted, at_n = np.unique(ids_n, return_inverse=True)
         told = {"columns": "\n".join(columns)} | ({"vectors": "1"} if vectors else {})
         body = pack_table(pa.table({"id": wanted}).replace_schema_metadata(told))
-        answers = await self._ask_all(Ask.FETCH, body, self._fleet.timeout_s)
+        answers = await _ask_all(self.copies, Ask.FETCH, body, self._fleet.timeout_s)
         missing = find_missing(self.copies, answers)
         if missing and require_all:
             raise ShardUnavailable(list(missing), len(self.manifest.shards))
@@ -187,12 +200,15 @@ class Served:
             self._changes = self.overlay.seq, [pack_table(table) for table in self.overlay.changes()]
         return self._changes
 
-    async def _ask_all(self, kind: Ask, body: bytes, timeout_s: float) -> list[bytes | None]:
-        answers = [part.ask(kind, body) for part in self.copies]
-        done, late = await asyncio.wait(answers, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        for answer in late:
-            answer.cancel()
-        return [answer.result() if answer in done else None for answer in answers]
+    def _choose_parts(self, probed: Probed | None) -> list[Copies]:
+        """Give the parts that have rows in lists that are looked into, and one of all if none has."""
+        if self._is_dealt and self._owners_R is None and all(part.held is not None for part in self.copies):
+            self._owners_R = find_owners(self.copies, self.manifest.lists)
+            self._is_dealt = self._owners_R is not None
+        if probed is None or self._owners_R is None:
+            return self.copies
+        places = np.unique(self._owners_R[probed.lists[probed.lists >= 0]])
+        return [self.copies[place] for place in places.tolist() if place >= 0] or self.copies[:1]
 
     async def _find_lists(self, matrix: FloatArray, effort: Effort) -> Probed | None:
         """Find the lists that queries look into; with a filter each replica finds its own, it may need more."""
@@ -435,6 +451,14 @@ class Router:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def _ask_all(parts: Sequence[Copies], kind: Ask, body: bytes, timeout_s: float) -> list[bytes | None]:
+    answers = [part.ask(kind, body) for part in parts]
+    done, late = await asyncio.wait(answers, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+    for answer in late:
+        answer.cancel()
+    return [answer.result() if answer in done else None for answer in answers]
 
 
 async def _measure_recall(served: Served, sample: Sample, rng: np.random.Generator) -> list[float]:
