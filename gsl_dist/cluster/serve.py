@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import gc
 import os
 import secrets
 import time
@@ -143,6 +144,7 @@ class ReplicaShell:
         if shards := spread_shards(manifest.shards, config.replicas)[group]:
             self._replica.hold(manifest.version, shards)
         self._address = self._replica.start()
+        _settle_heap()
 
     def address(self) -> str:
         """Give the address at which the replica answers."""
@@ -217,6 +219,7 @@ class RouterShell:
         self._url = f"{'https' if config.tls else 'http'}://{reachable_host(config.host)}:{self._door.port}"
         global _served_app
         _served_app = create_app(dataclasses.replace(desk, hop=self._door.hop))
+        _settle_heap()
 
     def address(self) -> str:
         """Give the url of the direct door."""
@@ -374,6 +377,12 @@ async def compact_away(index: str) -> str:
     with own_errors():
         made: Manifest = await asyncio.to_thread(ray.get, work)
     return made.version
+
+
+def _settle_heap() -> None:
+    """Take what a process holds for good out of what Python looks through for garbage, while queries wait."""
+    gc.collect()
+    gc.freeze()
 
 
 def check_room(index: str, version: str, shards: tuple[str, ...]) -> None:

@@ -65,7 +65,7 @@ class CodedSearch:
         wanted, best = self._effort._replace(k=k * refine, refine=1), list[Hits]()
         for names in self._passes:
             searcher = self._only if len(self._passes) == 1 else self._open(names)
-            best = [merge_topk([*best, searcher.find(queries_QD, wanted)], wanted.k)]
+            best = [merge_topk([*best, searcher.gather(queries_QD, wanted)], wanted.k)]
         [found] = best
         if refine == 1:
             return found

@@ -202,6 +202,15 @@ class LocalSearcher:
         Raises:
             QueryError: the filter asks for what the payload does not have.
         """
+        # Puts items at equal distances in the order of their ids, as merging the answers of replicas does.
+        return merge_topk([self.gather(queries, effort, probed)], effort.k)
+
+    def gather(self, queries: FloatArray, effort: Effort, probed: Probed | None = None) -> Hits:
+        """Search as `find` does, for whoever merges answers: items at equal distances are in any order.
+
+        Raises:
+            QueryError: the filter asks for what the payload does not have.
+        """
         k, probes, refine, _, where, _ = effort
         assert probes is not None and refine is not None, "both were settled"
         if where is not None:
@@ -213,8 +222,7 @@ class LocalSearcher:
         if refine > 1:
             distances = measure_exactly(queries, ids, self.stores, self.codebook.metric)
         found = Hits(ids, distances, len(self.shards), len(self.manifest.shards), self.manifest.version)
-        # Puts items at equal distances in the order of their ids, as merging the answers of replicas does.
-        return merge_topk([found], k)
+        return merge_topk([found], k) if refine > 1 else found
 
     def _find_chosen(
         self, queries: FloatArray, wanted: int, probes: int, chosen: Selection
