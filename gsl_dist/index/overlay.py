@@ -162,6 +162,11 @@ class Overlay:
             vector = check_queries(write.vector if write.vector is not None else [], *self._shape)[0]
         except QueryError as error:
             raise QueryError(f"{field}.vector", error.value, error.allowed) from None
+        with np.errstate(over="ignore"):
+            is_near_enough = np.isfinite(np.square(vector).sum())
+        if not is_near_enough:
+            allowed = "the square of its length must be a float32, or no query would find it"
+            raise QueryError(f"{field}.vector", f"numbers up to {np.abs(vector).max():.3g}", allowed)
         return Write("upsert", write.id, vector, write.payload)
 
     def _has(self, name: str, value: Any) -> bool:

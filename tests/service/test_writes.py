@@ -206,6 +206,7 @@ def test_writes_of_many_callers_share_commits_and_none_is_lost(world):
         ("/v1/items", {"items": [{"id": True, "vector": [0.0] * 16}]}, "items[0].id"),
         ("/v1/items", {"items": [{"id": 7, "vector": [0.0] * 15}]}, "items[0].vector"),
         ("/v1/items", {"items": [{"id": 7, "vector": [None] * 16}]}, "items[0].vector"),
+        ("/v1/items", {"items": [{"id": 7, "vector": [3e38] * 16}]}, "items[0].vector"),
         ("/v1/items", {"items": [{"id": 7}]}, "items[0].vector"),
         ("/v1/items", {"items": [{"id": 7, "vector": [0.0] * 16, "colour": 1}]}, "items[0].colour"),
         ("/v1/items", {"items": [{"id": 7, "vector": [0.0] * 16, "payload": {"colour": 1}}]}, "items[0].payload"),
