@@ -49,7 +49,6 @@ bench: install  ## measure the claims of the README, one after another
 	$(BIN)/python benchmarks/encoding.py
 	$(BIN)/python benchmarks/building.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/serving.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/load.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py

@@ -7,7 +7,7 @@ First as many connections as saturate the service ask without pause; then questi
 rate from two processes that do not wait for answers (`offered.py`), so that what queues is seen. Those processes take
 their time from the same cores.
 
-Claims, the first two as `serving.py` has them: the median of one query is at most 2.5 times that of an echo through the
+Claims: the median of one query is at most 2.5 times that of an echo through the
 same server; batches of 1,024 reach at least 0.9 of what one process with as many threads does; at 70% of saturation 99
 of 100 queries take at most 5 times as long as the median. Writes benchmarks/results/load.json.
 """

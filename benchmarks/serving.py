@@ -1,45 +1,30 @@
-"""What the sharded service costs beside an echo and beside one process, as ratios within one run.
-
-    python benchmarks/serving.py [--quick]
-
-Claims: the median of one query over the direct port is at most 3 times that of an echo through the same server; batches
-of 1,024 through the service reach at least 0.85 of the rate at which one process with as many threads searches the same
-shards. Writes benchmarks/results/serving.json.
-"""
+"""An index to serve, and what serving it costs beside an echo and beside one process: shared by other benchmarks."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
 from gsl_dist.client import Client
-from gsl_dist.cluster.serve import ServeConfig, Service, serve, stop_service
-from gsl_dist.config import Resources
+from gsl_dist.cluster.serve import Service
 from gsl_dist.index.manifest import CODEBOOK, Manifest, ShardEntry, promote_version, publish_version, version_folder
 from gsl_dist.index.portions import Sharding
-from gsl_dist.index.search import LocalSearcher, open_searcher
+from gsl_dist.index.search import LocalSearcher
 from gsl_dist.index.shards import create_shard, extract_codebook, fill_shard, read_lists
 from gsl_dist.measure import measure_latency, measure_throughput
 from gsl_dist.storage import Folder
 
 HERE = Path(__file__).resolve().parent
 VECTORS = HERE.parents[1] / "shared" / "data" / "sift100k_photos.npz"
-SUB_VECTORS, SHARDS, REPLICAS, THREADS = 16, 4, 2, 1
+SUB_VECTORS, SHARDS = 16, 4
 CELLS_BY_ROWS = {100_000: 256, 1_000_000: 1024}
 K, PROBES, BATCH = 10, 16, 1024
-LATENCY_TARGET, THROUGHPUT_TARGET = 3.0, 0.85
 
 
 def load_vectors(rows: int) -> tuple[NDArray[np.float32], NDArray[np.float32], str]:
@@ -146,66 +131,3 @@ def summarize(name: str, values: list[float]) -> dict[str, Any]:
         f"{name}_max": round(max(values), 3),
         "rounds": len(values),
     }
-
-
-def describe_run(vectors: str) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    layout = {
-        "shards": SHARDS,
-        "replicas": REPLICAS,
-        "threads_per_replica": THREADS,
-        "cells": CELLS_BY_ROWS,
-        "probes": PROBES,
-    }
-    layout |= {"k": K, "batch": BATCH, "sub_vectors": SUB_VECTORS}
-    return {"commit": commit.stdout.strip(), "cores": os.cpu_count(), "vectors": vectors, "layout": layout}
-
-
-def print_table(result: dict[str, Any]) -> None:
-    print(f"{'one query':<22}{'p50 ms':>10}{'p99 ms':>10}{'echo p50':>10}{'ratio':>8}   target <= {LATENCY_TARGET}")
-    for body, row in result["latency"].items():
-        spread = f"{row['ratio_min']} to {row['ratio_max']}"
-        figures = f"{row['served_p50_ms']:>10}{row['served_p99_ms']:>10}{row['echo_p50_ms']:>10}{row['ratio']:>8}"
-        print(f"{body:<22}{figures}   {spread}")
-    row = result["throughput"]
-    print(f"{'batches of 1,024':<22}{'served q/s':>10}{'one process':>14}{'ratio':>8}   target >= {THROUGHPUT_TARGET}")
-    figures = f"{row['served_qps']:>10}{row['local_qps']:>14}{row['ratio']:>8}"
-    print(f"{'':<22}{figures}   {row['ratio_min']} to {row['ratio_max']}")
-
-
-def measure_size(base: NDArray[np.float32], queries: NDArray[np.float32], *, quick: bool) -> dict[str, Any]:
-    """Serve one index and measure it."""
-    with tempfile.TemporaryDirectory() as folder:
-        build_index(folder, base)
-        config = ServeConfig(index=folder, port=0, replicas=REPLICAS, resources=Resources(cpus=THREADS))
-        service, local = serve(config), open_searcher(folder, threads=REPLICAS * THREADS)
-        try:
-            return {
-                "throughput": compare_throughput(service, local, queries, 5 if quick else 15),
-                "latency": compare_latency(service.url, queries, 5, 200 if quick else 1000),
-            }
-        finally:
-            stop_service()
-
-
-def main() -> None:
-    """Build, serve, measure, write and show."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    quick = parser.parse_args().quick
-    result: dict[str, Any] = {"by_rows": {}}
-    ray.init(address="local", num_cpus=REPLICAS * THREADS, include_dashboard=False, log_to_driver=False)
-    for rows in CELLS_BY_ROWS:
-        base, queries, vectors = load_vectors(rows)
-        result |= describe_run(vectors)
-        result["by_rows"][rows] = measure_size(base, queries, quick=quick)
-        print(f"{rows:,} vectors")
-        print_table(result["by_rows"][rows])
-    ray.shutdown()
-    target = HERE / "results" / "serving.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(result, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
