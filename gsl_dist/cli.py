@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
-from rich.text import Text
 
+from gsl_dist import jobs
 from gsl_dist.config import Strict, load_config
 from gsl_dist.errors import BadInput, GslError
 from gsl_dist.hits import NO_ID, Effort, Hits
+from gsl_dist.screen import Screen, console, show_error, show_figures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,40 +30,12 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=Strict)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-# Paths and names are shown as they are: square brackets and colons in them are no markup.
-console = Console(markup=False, emoji=False)
-errors = Console(stderr=True, markup=False, emoji=False)
+for command in (jobs.submit, jobs.status, jobs.logs, jobs.stop, jobs.pipeline):
+    app.command(rich_help_panel="Jobs on a cluster")(command)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file; see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings laid over the file")]
 Index = Annotated[str, typer.Argument(metavar="INDEX", help="the index folder")]
-
-
-class Screen:
-    """Draws progress: bars on a terminal, lines elsewhere."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, TextColumn("{task.fields[remark]}", markup=False), console=console)
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Screen:
-        if console.is_terminal:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        if console.is_terminal:
-            self._bars.stop()
-
-    def __call__(self, what: str, done: int, total: int, remark: str) -> None:
-        """Show that `done` of `total` steps of something are behind us."""
-        if not console.is_terminal:
-            console.print(f"{what:>10} {done}/{total} {remark}", highlight=False)
-            return
-        if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total, remark="")
-        self._bars.update(self._tasks[what], completed=done, total=total, remark=remark)
 
 
 @app.command()
@@ -372,14 +343,6 @@ def run_stage(kind: type[C], run: Callable[[C, Screen], Any], config: Path, over
     return made
 
 
-def show_figures(title: str, figures: dict[str, Any]) -> None:
-    """Print names and values as a table."""
-    table = Table("what", Column("value", overflow="fold"), title=title)
-    for name, value in sorted(figures.items()):
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    console.print(table)
-
-
 def _delete_in_folder(index: str, ids: list[int]) -> int:
     from gsl_dist.index.log import Write, WriteLog
     from gsl_dist.index.manifest import open_version
@@ -445,11 +408,6 @@ def _read_image(query: Path, shape: dict[str, Any]) -> NDArray[np.uint8]:
         return decode_image(query.read_bytes(), ImageConfig(**shape))
     except (OSError, ValueError) as error:
         raise BadInput("query", str(query), f"it must be a readable image, .npy or .fvecs ({error})") from error
-
-
-def show_error(word: str, error: GslError) -> None:
-    """Print one line on standard error."""
-    errors.print(Text.assemble((word, "bold red"), f" {error}"), highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import posixpath
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -43,13 +44,27 @@ class Resources(Strict):
         return max(1, int(self.cpus))
 
 
+ROOT = "GSL_ROOT"
+"""Names the folder or URI where relative paths begin; without it they begin where the process was started."""
+
+
 def resolve_location(location: str) -> str:
     """Make a local path absolute, since workers run in other folders; leave URIs alone."""
     if "://" in location:
         return location.rstrip("/")
     if not location:
         raise ValueError("a path may not be empty")
-    return os.path.abspath(os.path.expanduser(location))
+    path, root = os.path.expanduser(location), os.environ.get(ROOT)
+    return _place_below(root, path) if root and not os.path.isabs(path) else os.path.abspath(path)
+
+
+def _place_below(root: str, path: str) -> str:
+    below = posixpath.normpath(path)
+    if "://" not in root:
+        return os.path.abspath(os.path.join(root, below))
+    if below.split("/")[0] == "..":
+        raise ValueError(f"a path may not lead out of {ROOT}={root}")
+    return root.rstrip("/") if below == "." else f"{root.rstrip('/')}/{below}"
 
 
 Location = Annotated[str, AfterValidator(resolve_location)]
@@ -58,29 +73,18 @@ Location = Annotated[str, AfterValidator(resolve_location)]
 C = TypeVar("C", bound=Strict)
 
 
-def load_config(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
+def load_config(kind: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
     """Read a YAML file, lay the overrides over it and check the whole.
 
     Args:
         kind: the config class.
-        path: the YAML file.
+        path: the YAML file; None: overrides alone.
         overrides: `key=value` with dotted keys; values are read as YAML.
 
     Raises:
         ConfigError: no such file, not a mapping, an unknown key, or a value out of range.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError("config", str(path), f"it must be a readable YAML file ({error.strerror})") from error
-    except UnicodeDecodeError:
-        raise ConfigError("config", str(path), "it must be YAML in UTF-8") from None
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError("config", str(path), f"it must be YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError("config", str(path), f"it must hold keys and values, not a {type(tree).__name__}")
+    tree = {} if path is None else _read_tree(path)
     for override in overrides:
         _lay_over(tree, override)
     return check_config(kind, tree)
@@ -98,6 +102,22 @@ def fingerprint_config(*parts: Any) -> str:
     """Give a short hash that changes when any setting, or anything else given, changes."""
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_tree(path: str | Path) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("config", str(path), f"it must be a readable YAML file ({error.strerror})") from error
+    except UnicodeDecodeError:
+        raise ConfigError("config", str(path), "it must be YAML in UTF-8") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError("config", str(path), f"it must be YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError("config", str(path), f"it must hold keys and values, not a {type(tree).__name__}")
+    return tree
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:

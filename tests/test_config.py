@@ -3,7 +3,16 @@ import os
 import pytest
 from pydantic import Field
 
-from gsl_dist.config import Location, Resources, Strict, check_config, fingerprint_config, load_config
+from gsl_dist.config import (
+    ROOT,
+    Location,
+    Resources,
+    Strict,
+    check_config,
+    fingerprint_config,
+    load_config,
+    resolve_location,
+)
 from gsl_dist.errors import ConfigError
 
 
@@ -208,3 +217,25 @@ def test_a_fingerprint_changes_with_every_setting_and_only_with_settings():
 @pytest.mark.parametrize("cpus, threads", [(0.5, 1), (1, 1), (2.9, 2), (4, 4)])
 def test_threads_are_whole_cores_and_at_least_one(cpus, threads):
     assert Resources(cpus=cpus).threads == threads
+
+
+@pytest.mark.parametrize(
+    "root, path, place",
+    [
+        ("/shared/gsl", "build/codes", "/shared/gsl/build/codes"),
+        ("/shared/gsl/", "../x", "/shared/x"),
+        ("s3://bucket/gsl/", "./build//codes/", "s3://bucket/gsl/build/codes"),
+        ("s3://bucket", ".", "s3://bucket"),
+        ("s3://bucket", "/local", "/local"),
+        ("/shared", "gs://other/x/", "gs://other/x"),
+    ],
+)
+def test_relative_paths_begin_at_the_root_that_is_set(monkeypatch, root, path, place):
+    monkeypatch.setenv(ROOT, root)
+    assert resolve_location(path) == place
+
+
+def test_a_relative_path_does_not_lead_out_of_a_store(monkeypatch):
+    monkeypatch.setenv(ROOT, "s3://bucket/gsl")
+    with pytest.raises(ValueError, match="lead out of GSL_ROOT"):
+        resolve_location("build/../../x")

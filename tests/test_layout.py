@@ -15,7 +15,7 @@ FLOORS = {
     "disk": {"data", "index", "evaluate"},
     "service": {"service"},
     "cluster": {"cluster"},
-    "doors": {"cli", "client", "measure", "report", "demo", "plan"},
+    "doors": {"cli", "client", "demo", "jobs", "measure", "plan", "report", "screen"},
 }
 BELOW = {
     "ground": set(),

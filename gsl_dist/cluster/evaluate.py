@@ -1,7 +1,8 @@
 """The evaluate stage: how well a version answers, measured on queries that it never saw.
 
 Queries pass through the version's own encoder; the version's own shards rank the whole database. Vectors kept by the
-encode stage give the float yardsticks: exact search, float mAP and the quantization error.
+encode stage give the float yardsticks: exact search, float mAP and the quantization error. What was measured already,
+of the same files and with the same settings, is not measured again.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from gsl_dist.cluster.encode import read_codes
 from gsl_dist.cluster.query import QueryEncoder, has_model
 from gsl_dist.cluster.session import Progress, stay_quiet
 from gsl_dist.codebook import FloatArray, IdArray
-from gsl_dist.config import Location, Resources, Strict
+from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import CorpusConfig, open_corpus
-from gsl_dist.errors import ConfigError
+from gsl_dist.errors import ArtefactError, ConfigError
 from gsl_dist.evaluate import evaluate_map, quantization_error, rank_exact, recall_at
 from gsl_dist.hits import Effort, Hits
-from gsl_dist.index.manifest import Manifest, version_folder
+from gsl_dist.index.manifest import Manifest, open_version, version_folder
 from gsl_dist.index.search import LocalSearcher, check_queries, open_searcher
 from gsl_dist.storage import Folder, split_location
 
@@ -66,6 +67,10 @@ def run_evaluate(config: EvaluateConfig, progress: Progress = stay_quiet) -> dic
         BadInput: no such version, a missing column, or queries that are in the database.
         ArtefactError: the version or the codes are damaged.
     """
+    folder, name = split_location(config.output)
+    made_by = _name_inputs(config)
+    if done := find_measured(folder, name, made_by):
+        return done
     searcher = open_searcher(config.index, config.version, threads=config.resources.threads)
     queries = open_corpus(config.queries).read_all()
     wanted = np.empty(0, np.int64) if queries.labels is None else queries.labels
@@ -97,9 +102,29 @@ def run_evaluate(config: EvaluateConfig, progress: Progress = stay_quiet) -> dic
         measured["recall_by_probes"] = _recall_by_probes(config, searcher, vectors_QD, truth)
         measured["recall_at_10_vs_exact"] = measured["recall_by_probes"][-1]["recall_at_10"]
     progress("evaluate", 3, 3, "done")
-    folder, name = split_location(config.output)
-    folder.write_json(name, measured | {"config": json.loads(config.model_dump_json())})
+    folder.write_json(name, measured | {"config": json.loads(config.model_dump_json()), "made_by": made_by})
     return measured
+
+
+def find_measured(folder: Folder, name: str, made_by: str) -> dict[str, Any] | None:
+    """Give what was measured if these very inputs were, by the JSON file that says so."""
+    if not folder.exists(name):
+        return None
+    try:
+        found = folder.read_json(name)
+    except ArtefactError:
+        return None  # cut short by no crash of ours: it is measured again
+    if not isinstance(found, dict) or found.get("made_by") != made_by:
+        return None
+    return {key: value for key, value in found.items() if key not in ("config", "made_by")}
+
+
+def _name_inputs(config: EvaluateConfig) -> str:
+    manifest = open_version(Folder(config.index), config.version)
+    codes = open_card(Folder(config.codes), "codes", verify=False).made_by if config.codes else None
+    decided = config.model_dump(mode="json", exclude={"index", "output", "resources"})
+    files = [manifest.version, *(entry.sha256 for entry in manifest.files)]
+    return fingerprint_config(decided, files, open_corpus(config.queries).fingerprint, codes)
 
 
 def embed_queries(index: str, manifest: Manifest, items: NDArray[Any]) -> FloatArray:

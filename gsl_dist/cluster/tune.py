@@ -3,8 +3,8 @@
 Every reasonable number of probes, and of candidates for each hit where the version keeps vectors, is tried with the
 version's own shards in this process. What no other setting beats in both recall and time is the curve; it is kept in
 the manifest, so that a query may say `recall=0.95` instead of `probes=37`, and some queries are left with their true
-neighbours for services to measure themselves by. True neighbours are found by comparing with
-all vectors, read from the corpus or from those that the version keeps, so many at a time.
+neighbours for services to measure themselves by. True neighbours are found by comparing with all vectors, read from the
+corpus or from those that the version keeps, so many at a time. With an `output`, a curve that is there is kept.
 """
 
 # Shapes: Q queries, D dims, k neighbours
@@ -21,15 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from gsl_dist.cluster.evaluate import embed_queries
+from gsl_dist.cluster.evaluate import embed_queries, find_measured
 from gsl_dist.cluster.session import Progress, stay_quiet
 from gsl_dist.codebook import FloatArray, IdArray
-from gsl_dist.config import Location, Resources, Strict
+from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import CorpusConfig, open_corpus
 from gsl_dist.errors import ConfigError
 from gsl_dist.evaluate import rank_exact, recall_at
 from gsl_dist.hits import Effort, Hits, merge_topk
-from gsl_dist.index.manifest import Point, note_points
+from gsl_dist.index.manifest import Point, note_points, open_version
 from gsl_dist.index.sample import Sample, keep_sample
 from gsl_dist.index.search import MAX_K, LocalSearcher, open_searcher
 from gsl_dist.storage import Folder, split_location
@@ -64,6 +64,9 @@ def run_tune(config: TuneConfig, progress: Progress = stay_quiet) -> dict[str, A
         BadInput: no such version, or queries of another shape than its vectors.
         ConfigError: there are no vectors to find true neighbours among.
     """
+    made_by = _name_inputs(config)
+    if done := _find_kept(config, made_by):
+        return done
     searcher = open_searcher(config.index, config.version, threads=config.resources.threads)
     queries_QD = _read_queries(config, searcher)
     progress("tune", 0, 1, "true neighbours")
@@ -78,8 +81,28 @@ def run_tune(config: TuneConfig, progress: Progress = stay_quiet) -> dict[str, A
     curve = [point.model_dump() for point in points]
     if config.output:
         folder, name = split_location(config.output)
-        folder.write_json(name, shown | {"points": curve, "config": json.loads(config.model_dump_json())})
+        dumped = json.loads(config.model_dump_json())
+        folder.write_json(name, shown | {"points": curve, "config": dumped, "made_by": made_by})
     return shown | _choose(config, points) | {"points": curve}
+
+
+def _name_inputs(config: TuneConfig) -> str:
+    manifest = open_version(Folder(config.index), config.version)
+    decided = config.model_dump(mode="json", exclude={"index", "output", "resources"})
+    files = [manifest.version, *(entry.sha256 for entry in manifest.files)]
+    corpora = [open_corpus(corpus).fingerprint for corpus in (config.queries, config.corpus) if corpus]
+    return fingerprint_config(decided, files, corpora)
+
+
+def _find_kept(config: TuneConfig, made_by: str) -> dict[str, Any] | None:
+    """Give the curve if it was measured of these very inputs, and is the one in the manifest."""
+    if config.output is None:
+        return None
+    found = find_measured(*split_location(config.output), made_by)
+    kept = open_version(Folder(config.index), config.version).points
+    if found is None or found["points"] != [point.model_dump() for point in kept]:
+        return None
+    return found | _choose(config, kept)
 
 
 def find_truth(config: TuneConfig, searcher: LocalSearcher, queries_QD: FloatArray) -> Hits:

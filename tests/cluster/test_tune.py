@@ -55,6 +55,23 @@ def test_the_curve_is_what_searching_gives_and_is_kept_in_the_manifest(tmp_path)
     assert made["k"] == 1 and made["reached"] == (made["recall"] >= 0.9)
 
 
+def test_a_curve_that_is_there_is_kept_until_settings_or_manifest_differ(tmp_path):
+    manifest, output = make_world(tmp_path), str(tmp_path / "curve.json")
+    told = []
+
+    def run(**changes):
+        told.clear()
+        return run_tune(settings(tmp_path, output=output, **changes), lambda *step: told.append(step))
+
+    made = run()
+    assert told and run() == made and not told
+    assert run(sample_queries=20) and told and run(sample_queries=20) and not told
+    note_points(Folder(tmp_path / "index"), manifest, [])
+    assert run(sample_queries=20) and told
+    (tmp_path / "curve.json").write_text("{")
+    assert run(sample_queries=20) and told
+
+
 def test_a_query_by_recall_takes_the_fastest_point_that_reaches_it(tmp_path):
     manifest = make_world(tmp_path)
     points = [(1, 0.5, 1, 1, 0.1), (10, 0.6, 2, 1, 0.2), (10, 0.8, 4, 2, 0.4), (10, 0.95, 8, 8, 0.9)]
