@@ -35,7 +35,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Deplo
 from gsl_dist.cluster.device import Device, check_device, place_searcher
 from gsl_dist.cluster.session import Progress, find_cause, own_errors, start_session, stay_quiet
 from gsl_dist.codebook import FloatArray
-from gsl_dist.config import Location, Resources, Strict
+from gsl_dist.config import Location, Resources, Strict, check_config
 from gsl_dist.errors import ConfigError, GslError
 from gsl_dist.index.manifest import Manifest, open_version, verify_version
 from gsl_dist.index.search import LocalSearcher, open_searcher
@@ -287,6 +287,16 @@ def serve(config: ServeConfig) -> Service:
     for door in (url, serve_url):
         _await_answer(door, deadline, config.tls)
     return Service(url, serve_url, groups, manifest.version)
+
+
+def build_app(settings: dict[str, Any]) -> ray_serve.Application:
+    """Give the service as Ray Serve's own config files name it: `import_path`, with the settings as its `args`.
+
+    Raises:
+        BadInput, ArtefactError: as `serve`.
+    """
+    config = check_config(ServeConfig, settings)
+    return _bind(config, list(spread_shards(_check_version(config).shards, config.replicas)))
 
 
 def run_serve(config: ServeConfig, progress: Progress = stay_quiet) -> dict[str, Any]:
