@@ -2,19 +2,23 @@
 
 `Folder` hides whether it is a local directory or an object store (`pyarrow.fs`). A file is always written beside its
 place under a temporary name and moved there when it is complete, so a reader never sees half of one; an object store
-gets the same from a single upload. `FileEntry` pins a file by size and SHA-256, and `check` refuses it when either
-differs: nothing that a version names is read before that.
+gets the same from a single upload, after which one waits until the store shows it. `FileEntry` pins a file by size and
+SHA-256, and `check` and `held` refuse it when either differs: nothing that a version names is read before that.
+
+A store that is slow, fails or drops connections is asked again, for some seconds; a local disk is not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
 import time
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,36 +27,30 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as fs
 
-from gsl_dist.config import Strict, resolve_location
+from gsl_dist.cache import CHUNK_BYTES, Cache, fetch_whole
+from gsl_dist.cache import FileEntry as FileEntry
+from gsl_dist.config import resolve_location
 from gsl_dist.errors import ArtefactError
 
 T = TypeVar("T")
 
-_CHUNK_BYTES = 1 << 20
-_REMOTE_TRIES = 4
-
-
-class FileEntry(Strict):
-    """A file pinned by what it holds."""
-
-    name: str
-    bytes: int
-    sha256: str
+_REMOTE_TRIES = 6
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+_CONNECT_S, _REQUEST_S, _REQUEST_TRIES = 5.0, 30.0, 4
 
 
 class Folder:
     """Names a folder and reads and writes whole files in it.
 
     Args:
-        location: a local path or a URI (`s3://bucket/prefix`, `gs://...`, `file:///...`).
+        location: a local path or a URI (`s3://bucket/prefix`, `gs://...`, `file:///...`), with options of `pyarrow.fs`
+            behind a question mark.
+        cache: keeps pinned files of a store nearby; None: each use fetches them.
     """
 
-    def __init__(self, location: str | os.PathLike[str]) -> None:
-        self.location = resolve_location(os.fspath(location))
-        if "://" in self.location:
-            self._fs, self._base = fs.FileSystem.from_uri(self.location)
-        else:
-            self._fs, self._base = fs.LocalFileSystem(), self.location
+    def __init__(self, location: str | os.PathLike[str], cache: Cache | None = None) -> None:
+        self.location, self.cache = resolve_location(os.fspath(location)), cache
+        self._fs, self._base = find_store(self.location)
         self.is_local = isinstance(self._fs, fs.LocalFileSystem)
 
     def __repr__(self) -> str:
@@ -60,11 +58,16 @@ class Folder:
 
     def child(self, name: str) -> Folder:
         """Name a folder inside this one."""
-        return Folder(f"{self.location}/{name}")
+        return Folder(join_location(self.location, name), self.cache)
+
+    @property
+    def store(self) -> tuple[fs.FileSystem, str]:
+        """Give the file system that this folder is in, and its path there."""
+        return self._fs, self._base
 
     def path(self, name: str = "") -> str:
         """Give the place of a file as messages should show it."""
-        return f"{self.location}/{name}" if name else self.location
+        return join_location(self.location, name) if name else self.location
 
     def exists(self, name: str = "") -> bool:
         """Tell whether the file or folder is there."""
@@ -100,13 +103,21 @@ class Folder:
         Raises:
             ArtefactError: there is no such file.
         """
-        self.size(name)
-        return self._try(lambda: self._fs.open_input_file(self._full(name)))
+        size = self.size(name)
+
+        def start() -> pa.NativeFile:
+            return self._try(lambda: self._fs.open_input_file(self._full(name)))
+
+        return start() if self.is_local else pa.PythonFile(_PatientReader(start, size, self._try), mode="r")
 
     def read_bytes(self, name: str) -> bytes:
         """Read a whole file."""
-        with self.open(name) as stream:
-            return bytes(stream.read())
+
+        def read() -> bytes:
+            with self.open(name) as stream:
+                return bytes(stream.read())
+
+        return self._try(read)
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file.
@@ -137,6 +148,7 @@ class Folder:
                 _sync(draft.parent)
             else:
                 self._try(lambda: fs.copy_files(str(draft), self._full(name), destination_filesystem=self._fs))
+                self._await_shown(name, draft.stat().st_size)
         finally:
             draft.unlink(missing_ok=True)
 
@@ -155,8 +167,7 @@ class Folder:
         Raises:
             ArtefactError: it is not the file that was pinned.
         """
-        other.check(entry)
-        with other.local(entry.name) as path, self.whole(entry.name) as written:
+        with other.held(entry) as path, self.whole(entry.name) as written:
             try:
                 os.link(path, written)
             except OSError:
@@ -165,21 +176,25 @@ class Folder:
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""
         if self.exists(name):
-            self._fs.delete_file(self._full(name))
+            self._try(lambda: self._fs.delete_file(self._full(name)))
 
     def clear(self, name: str) -> None:
         """Remove a folder inside this one and all it holds, if it is there."""
         if self.exists(name):
-            self._fs.delete_dir(self._full(name))
+            self._try(lambda: self._fs.delete_dir(self._full(name)))
 
     def pin(self, name: str) -> FileEntry:
         """Measure a file: its size and SHA-256."""
-        digest, size = hashlib.sha256(), 0
-        with self.open(name) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-        return FileEntry(name=name, bytes=size, sha256=digest.hexdigest())
+
+        def measure() -> FileEntry:
+            digest, size = hashlib.sha256(), 0
+            with self.open(name) as stream:
+                while chunk := stream.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    size += len(chunk)
+            return FileEntry(name=name, bytes=size, sha256=digest.hexdigest())
+
+        return self._try(measure)
 
     def check(self, entry: FileEntry) -> None:
         """Accept a file only if it is, byte for byte, the one that was pinned.
@@ -202,8 +217,43 @@ class Folder:
             return
         with tempfile.TemporaryDirectory(prefix="gsl-") as cache:
             target = os.path.join(cache, Path(name).name)
-            self._try(lambda: fs.copy_files(self._full(name), target, source_filesystem=self._fs))
+            self._fetch(name, Path(target))
             yield Path(target)
+
+    @contextlib.contextmanager
+    def held(self, entry: FileEntry) -> Iterator[Path]:
+        """Give a local path of a pinned file for as long as the block lasts, after it was found whole.
+
+        Raises:
+            ArtefactError: it is not the file that was pinned.
+        """
+        if self.is_local:
+            self.check(entry)
+            with self.local(entry.name) as path:
+                yield path
+            return
+        named = entry.model_copy(update={"name": self.path(entry.name)})
+        if self.cache is not None:
+            with self.cache.hold(named, lambda path: self._fetch(entry.name, path)) as path:
+                yield path
+            return
+        with tempfile.TemporaryDirectory(prefix="gsl-") as folder:
+            target = Path(folder) / Path(entry.name).name
+            fetch_whole(named, target, lambda path: self._fetch(entry.name, path))
+            yield target
+
+    def _fetch(self, name: str, target: Path) -> None:
+        self.size(name)
+        self._try(lambda: fs.copy_files(self._full(name), str(target), source_filesystem=self._fs))
+
+    def _await_shown(self, name: str, size: int) -> None:
+        # Some stores show what was written only after a while, and who writes a card next relies on it.
+        def look() -> None:
+            found = self._fs.get_file_info(self._full(name))
+            if found.type != fs.FileType.File or found.size != size:
+                raise OSError(f"{self.path(name)} was written, but the store does not show it")
+
+        self._try(look)
 
     def _full(self, name: str) -> str:
         return f"{self._base}/{name}" if name else self._base
@@ -219,14 +269,96 @@ class Folder:
             except OSError:
                 if self.is_local or attempt == _REMOTE_TRIES - 1:
                     raise
-                time.sleep(0.2 * 4**attempt)
+                time.sleep(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 4**attempt))
         raise AssertionError("the loop returns or raises")
+
+
+class _PatientReader(io.RawIOBase):
+    """Reads a file of a store and, where the connection is lost in the middle, goes on with another.
+
+    Args:
+        start: opens the file.
+        size: its length in bytes.
+        attempt: does something again and again until it does well.
+    """
+
+    def __init__(
+        self, start: Callable[[], pa.NativeFile], size: int, attempt: Callable[[Callable[[], bytes]], bytes]
+    ) -> None:
+        self._start, self._size, self._attempt, self._at = start, size, attempt, 0
+        self._stream: pa.NativeFile | None = start()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        wanted = max(0, self._size - self._at)
+        content = self._attempt(lambda: self._read_at(wanted if size < 0 else min(size, wanted)))
+        self._at += len(content)
+        return content
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        super().close()
+
+    def _read_at(self, size: int) -> bytes:
+        stream, self._stream = self._stream or self._start(), None
+        content = bytes(stream.read_at(size, self._at))
+        if len(content) < size:
+            raise OSError(f"{len(content)} bytes came where {size} are stored")
+        self._stream = stream  # kept only if it did well
+        return content
+
+
+def find_store(location: str) -> tuple[fs.FileSystem, str]:
+    """Give the file system that an absolute path or a URI is in, and the path there; S3 with patience."""
+    if "://" not in location:
+        return fs.LocalFileSystem(), location
+    found, base = fs.FileSystem.from_uri(location)
+    if found.type_name != "s3":
+        return found, base
+    parts = urllib.parse.urlsplit(location)
+    told = dict(urllib.parse.parse_qsl(parts.query))
+    patient = fs.S3FileSystem(
+        access_key=parts.username and urllib.parse.unquote(parts.username),
+        secret_key=parts.password and urllib.parse.unquote(parts.password),
+        region=found.region,
+        scheme=told.get("scheme"),
+        endpoint_override=told.get("endpoint_override"),
+        connect_timeout=_CONNECT_S,
+        request_timeout=_REQUEST_S,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_TRIES),
+    )
+    return patient, base
 
 
 def split_location(location: str) -> tuple[Folder, str]:
     """Cut the place of one file into its folder and its name."""
-    parent, _, name = resolve_location(location).rpartition("/")
-    return Folder(parent or "/"), name
+    base, options = _cut_options(resolve_location(location))
+    parent, _, name = base.rpartition("/")
+    return Folder((parent or "/") + options), name
+
+
+def join_location(location: str, name: str) -> str:
+    """Name a file or folder inside a folder."""
+    base, options = _cut_options(location)
+    return f"{base.rstrip('/')}/{name}{options}"
+
+
+def _cut_options(location: str) -> tuple[str, str]:
+    base, mark, options = location.partition("?") if "://" in location else (location, "", "")
+    return base, mark + options
 
 
 def _sync(path: Path) -> None:

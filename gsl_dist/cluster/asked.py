@@ -129,8 +129,7 @@ class OwnQueries:
         return store.ids_N, store.read
 
     def _open_codes(self, entry: ShardEntry) -> tuple[IdArray, Callable[[NDArray[np.int64]], FloatArray]]:
-        self._folder.check(entry.index)
-        with self._folder.local(entry.index.name) as path:
+        with self._folder.held(entry.index) as path:
             ids_N, lists_N, codes = open_lists(path, self._codebook).read()
         order_N = np.argsort(ids_N)
 

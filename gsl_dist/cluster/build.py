@@ -27,11 +27,11 @@ from gsl_dist.index.bounded import hold_ids, name_payload, write_lists, write_pa
 from gsl_dist.index.lists import name_file
 from gsl_dist.index.manifest import (
     CODEBOOK,
+    MANIFEST,
     VERSION_NAME,
     Manifest,
     ShardEntry,
     describe_codebook,
-    list_versions,
     open_version,
     promote_version,
     publish_version,
@@ -107,7 +107,7 @@ def run_build(config: BuildConfig, progress: Progress = stay_quiet) -> Manifest:
     parts = [codes.made_by, codebook.fingerprint, config.model and _model_card(config).made_by]
     made_by = fingerprint_config(*parts, *_name_choices(config))
     version, index = config.version or f"v-{made_by[:12]}", Folder(config.index)
-    if version in list_versions(index):
+    if version_folder(index, version).exists(MANIFEST):
         manifest = open_version(index, version)
         if manifest.made_by != made_by:
             raise ConfigError("version", version, "a version is immutable and this one holds other codes; name another")

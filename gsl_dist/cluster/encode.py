@@ -84,8 +84,7 @@ def run_encode(config: EncodeConfig, progress: Progress = stay_quiet) -> Card:
     if missing:
         start_session(config.resources.workers * config.resources.cpus)
         _encode_shards(config, made_by, missing, len(ranges), progress)
-    notes = [_note(folder, number, made_by) for number in range(len(ranges))]
-    return _publish(config, codebook, folder, made_by, [note for note in notes if note])
+    return _publish(config, codebook, folder, made_by, [_read_note(folder, n, made_by) for n in range(len(ranges))])
 
 
 class ShardEncoder:
@@ -264,6 +263,15 @@ def _note(folder: Folder, number: int, made_by: str) -> ShardNote | None:
     except (ValidationError, ArtefactError):
         return None
     return note if note.made_by == made_by else None
+
+
+def _read_note(folder: Folder, number: int, made_by: str) -> ShardNote:
+    if note := _note(folder, number, made_by):
+        return note
+    # A card without this shard would be whole, and rows would be gone.
+    raise ArtefactError(
+        folder.path(f"shard-{number:05d}.note.json"), "the shard was written, but is not as it was noted"
+    )
 
 
 def _publish(config: EncodeConfig, codebook: Codebook, folder: Folder, made_by: str, notes: list[ShardNote]) -> Card:

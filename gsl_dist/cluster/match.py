@@ -135,8 +135,8 @@ def run_match(config: MatchConfig, progress: Progress = stay_quiet) -> Card:
     if missing:
         start_session(config.resources.workers * config.resources.cpus)
         _match_shards(task, missing, len(ranges), progress)
-    notes = [_note(folder, number, task.made_by) for number in range(len(ranges))]
-    return _publish(task, manifest, [note for note in notes if note], progress)
+    notes = [_read_note(folder, number, task.made_by) for number in range(len(ranges))]
+    return _publish(task, manifest, notes, progress)
 
 
 def open_queries(config: MatchConfig, manifest: Manifest) -> Queries:
@@ -324,6 +324,14 @@ def _note(folder: Folder, number: int, made_by: str) -> ShardNote | None:
     except (ValidationError, ArtefactError):
         return None
     return note if note.made_by == made_by else None
+
+
+def _read_note(folder: Folder, number: int, made_by: str) -> ShardNote:
+    if note := _note(folder, number, made_by):
+        return note
+    raise ArtefactError(
+        folder.path(f"shard-{number:05d}.note.json"), "the shard was written, but is not as it was noted"
+    )
 
 
 def _publish(task: MatchTask, manifest: Manifest, notes: list[ShardNote], progress: Progress) -> Card:

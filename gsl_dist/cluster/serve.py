@@ -32,6 +32,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus, LoggingConfig
 
+from gsl_dist.cache import Cache
 from gsl_dist.cluster.device import Device, check_device, place_searcher
 from gsl_dist.cluster.session import Progress, find_cause, own_errors, start_session, stay_quiet
 from gsl_dist.codebook import FloatArray
@@ -91,6 +92,9 @@ class ServeConfig(Strict):
     traces: str | None = Field(
         default=None, description="where spans are sent, as OTLP over HTTP: http://127.0.0.1:4318/v1/traces"
     )
+    cache: Cache | None = Field(
+        default=None, description="keeps shards of a store on the replicas' disks; None: fetched at each start"
+    )
     tls: Tls | None = Field(default=None, description="HTTPS at the direct port and encrypted links to the replicas")
     device: Device = Field(default="auto", description="what searches codes of lines: auto, cpu or cuda")
     resources: Resources = Field(default=Resources(), description="what each replica takes; cpus are its threads")
@@ -127,7 +131,7 @@ class ReplicaShell:
 
         def open_held(version: str, shards: tuple[str, ...]) -> LocalSearcher:
             check_room(config.index, version, shards)
-            searcher = open_searcher(config.index, version, names=shards, threads=threads)
+            searcher = open_searcher(config.index, version, names=shards, threads=threads, cache=config.cache)
             return place_searcher(searcher, config.device)
 
         self._replica = Replica(

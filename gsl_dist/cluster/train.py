@@ -259,6 +259,7 @@ def _train(config: TrainConfig, rows: Any, folder: Folder, made_by: str, progres
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     coordinator = start_coordinator()
     resources = {"CPU": config.resources.cpus} | ({"GPU": config.resources.gpus} if config.resources.gpus else {})
+    store, base = folder.child("runs").store
     trainer = TorchTrainer(
         _train_worker,
         # Ray Train copies and logs this dict: the rows travel as a reference in a list, which it leaves alone.
@@ -268,7 +269,8 @@ def _train(config: TrainConfig, rows: Any, folder: Folder, made_by: str, progres
         ),
         run_config=ray.train.RunConfig(
             name=f"train-{made_by}",
-            storage_path=folder.path("runs"),
+            storage_path=base,
+            storage_filesystem=None if folder.is_local else store,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),

@@ -21,7 +21,7 @@ from pydantic import Field, field_validator
 
 from gsl_dist.config import Location, Strict
 from gsl_dist.errors import ArtefactError, DataError
-from gsl_dist.storage import Folder
+from gsl_dist.storage import Folder, find_store, split_location
 
 Rows = NDArray[np.int64]
 Format = Literal["parquet", "arrow", "npy", "fvecs", "bvecs", "images"]
@@ -147,9 +147,9 @@ def find_files(config: CorpusConfig) -> tuple[Folder, list[SourceFile], Format]:
     """
     root, base, is_file = _look_up(config.path)
     if is_file:
-        parent, _, name = config.path.rpartition("/")
+        folder, name = split_location(config.path)
         only = SourceFile(name, root.get_file_info(base).size, _mtime(root, root.get_file_info(base)))
-        return Folder(parent or "/"), [only], _format_of(name) if config.format == "auto" else config.format
+        return folder, [only], _format_of(name) if config.format == "auto" else config.format
     files = _list(root, base, recursive=config.format == "images")
     formats = {SUFFIXES[file_suffix(file.name)] for file in files}
     if config.format == "auto" and formats <= {"images"}:
@@ -202,7 +202,7 @@ def file_suffix(name: str) -> str:
 
 def _look_up(location: str) -> tuple[fs.FileSystem, str, bool]:
     try:
-        root, base = fs.FileSystem.from_uri(location) if "://" in location else (fs.LocalFileSystem(), location)
+        root, base = find_store(location)
         kind = root.get_file_info(base).type
     except (pa.ArrowException, OSError) as error:
         raise DataError("corpus.path", location, f"it must be a place that can be read ({error})") from error

@@ -250,8 +250,7 @@ def read_schema(folder: Folder, manifest: Manifest) -> pa.Schema:
     first = next((shard.payload for shard in manifest.shards if shard.payload), None)
     if first is None:
         return pa.schema([("id", pa.int64())])
-    folder.check(first)
-    with folder.local(first.name) as path:
+    with folder.held(first) as path:
         return pq.read_schema(path).remove_metadata()
 
 

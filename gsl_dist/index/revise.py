@@ -136,8 +136,7 @@ def _rewrite_vectors(
 def _rewrite_payload(
     source: Folder, folder: Folder, file: FileEntry, gone_n: IdArray, patches: list[pa.Table]
 ) -> FileEntry:
-    source.check(file)
-    with source.local(file.name) as path:
+    with source.held(file) as path:
         table = pq.read_table(path)
     rows = Places.of(table["id"].to_numpy())
     for patch in patches:

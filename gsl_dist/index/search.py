@@ -18,6 +18,7 @@ import faiss
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gsl_dist.cache import Cache
 from gsl_dist.codebook import Codebook, FloatArray, IdArray, Standing
 from gsl_dist.errors import QueryError
 from gsl_dist.filters import parse_where
@@ -278,7 +279,12 @@ class LocalSearcher:
 
 
 def open_searcher(
-    location: str, version: str | None = None, *, names: Sequence[str] | None = None, threads: int | None = None
+    location: str,
+    version: str | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    threads: int | None = None,
+    cache: Cache | None = None,
 ) -> LocalSearcher:
     """Verify and open the shards of a version.
 
@@ -287,6 +293,7 @@ def open_searcher(
         version: its name; the promoted one if not given.
         names: the shards to open; all if not given.
         threads: faiss threads of this process; left alone if not given.
+        cache: where files of a store are kept; they are fetched each time if not given.
 
     Raises:
         BadInput: no such version or shard.
@@ -294,7 +301,7 @@ def open_searcher(
     """
     if threads is not None:
         faiss.omp_set_num_threads(threads)
-    index = Folder(location)
+    index = Folder(location, cache)
     manifest = open_version(index, version)
     codebook = open_codebook(index, manifest)
     entries = [shard for shard in manifest.shards if names is None or shard.name in names]
@@ -329,8 +336,7 @@ def open_shard(folder: Folder, entry: ShardEntry, codebook: Codebook) -> Lists:
     Raises:
         ArtefactError: the file is damaged or was built with another codebook.
     """
-    folder.check(entry.index)
-    with folder.local(entry.index.name) as path:
+    with folder.held(entry.index) as path:
         return open_lists(path, codebook)
 
 
@@ -341,6 +347,5 @@ def open_store(folder: Folder, manifest: Manifest, entry: ShardEntry) -> VectorS
         ArtefactError: the file is damaged.
     """
     assert entry.vectors is not None and manifest.vectors is not None, entry.name
-    folder.check(entry.vectors)
-    with folder.local(entry.vectors.name) as path:
+    with folder.held(entry.vectors) as path:
         return open_vectors(path, entry.rows, manifest.dim, manifest.vectors)

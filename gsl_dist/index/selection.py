@@ -196,8 +196,7 @@ class Payload:
         """Give the names and types of the columns, `id` among them."""
         if not self._entries:
             return pa.schema([("id", pa.int64())])
-        self._folder.check(self._entries[0])
-        with self._folder.local(self._entries[0].name) as path:
+        with self._folder.held(self._entries[0]) as path:
             return pq.read_schema(path).remove_metadata()
 
     def select(self, where: Mapping[str, Any]) -> Selection:
@@ -236,8 +235,7 @@ class Payload:
         if name not in self._columns:
             chunks: list[pa.Array] = []
             for entry in self._entries:
-                self._folder.check(entry)
-                with self._folder.local(entry.name) as path:
+                with self._folder.held(entry) as path:
                     column = pq.read_table(path, columns=[name])[name]
                 chunks += column.cast(_plain(column.type)).chunks
             self._columns[name] = pa.chunked_array(chunks, _plain(self.schema.field(name).type))

@@ -7,10 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import write_images, write_vectors
 
+from gsl_dist.cluster import encode
 from gsl_dist.cluster.codebook import CodebookConfig, load_codebook, run_codebook
 from gsl_dist.cluster.encode import EncodeConfig, group_tables, read_ahead, read_codes, run_encode
 from gsl_dist.config import check_config
-from gsl_dist.errors import ConfigError, DataError
+from gsl_dist.errors import ArtefactError, ConfigError, DataError
 from gsl_dist.storage import Folder
 
 pytestmark = pytest.mark.ray
@@ -168,3 +169,12 @@ def test_rows_that_wait_for_their_group_share_one_buffer():
     places = [chunk.buffers()[1].address for chunk in group["id"].chunks]
     assert max(places) - min(places) < 2 * sum(array.nbytes for array in arrays)
     assert not any(place == array.ctypes.data for place, array in zip(places, arrays, strict=True))
+
+
+def test_a_shard_whose_note_is_gone_is_an_error_and_no_fewer_rows(ray_session, world, monkeypatch):
+    monkeypatch.setattr(encode, "_encode_shards", lambda *arguments: None)
+    with pytest.raises(
+        ArtefactError, match=r"shard-00000\.note\.json: the shard was written, but is not as it was noted"
+    ):
+        run_encode(settings(world))
+    assert not Folder(world / "codes").exists("codes.json")
