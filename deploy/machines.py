@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from settings import NAME, USER, DeployConfig
+from settings import CACHE, NAME, USER, DeployConfig
 
 from gsl_dist.config import ROOT
 
@@ -30,7 +30,7 @@ RUN apt-get update \\
     && apt-get install -y --no-install-recommends libgomp1 procps wget \\
     && rm -rf /var/lib/apt/lists/* \\
     && useradd --uid {USER} --create-home {NAME} \\
-    && install -d -o {NAME} /data /cache
+    && install -d -o {NAME} /data {CACHE}
 
 FROM base AS build
 WORKDIR /src

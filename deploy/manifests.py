@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
-from settings import CONFIGS, NAME, TOKENS, USER, DeployConfig, Node
+from settings import CACHE, CONFIGS, NAME, TOKENS, USER, DeployConfig, Node
 
 from gsl_dist.cluster.job import STAGES
 from gsl_dist.config import ROOT
@@ -245,12 +245,13 @@ def _start_params(config: DeployConfig) -> dict[str, str]:
 def _describe_pod(config: DeployConfig, target: str, role: str, node: Node, *, reads_configs: bool = False) -> Manifest:
     volumes = {
         "ray": ({"emptyDir": {}}, "/tmp/ray"),
-        "cache": ({"emptyDir": {}}, "/cache"),
         # Ray's object store; without it there are 64 MB.
         "shm": ({"emptyDir": {"medium": "Memory", "sizeLimit": f"{max(1, node.memory_gb * 3 // 10)}Gi"}}, "/dev/shm"),
     }
     if config.is_shared_folder:
         volumes["data"] = ({"persistentVolumeClaim": {"claimName": f"{NAME}-data"}}, config.root)
+    elif target == "serve":
+        volumes["cache"] = ({"emptyDir": {"sizeLimit": f"{config.cache_gb}Gi"}}, CACHE)
     if reads_configs:
         volumes["configs"] = ({"configMap": {"name": f"{NAME}-configs"}}, CONFIGS)
     if target == "serve":

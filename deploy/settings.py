@@ -15,6 +15,7 @@ USER = 10_001
 """The user that containers run as."""
 TOKENS = "/etc/gsl/tokens"
 CONFIGS = "/etc/gsl/configs"
+CACHE = "/cache"
 
 
 def _served(field: str) -> int:
@@ -93,6 +94,7 @@ class DeployConfig(Strict):
     volume: Volume
     nodes: Nodes
     serve: dict[str, Any]
+    cache_gb: int = Field(default=100, ge=2, description="of a node's disk, for shards, where `root` is a URI")
     machines: Machines
     ports: Ports = Ports()
     operator_namespace: str = "default"
@@ -102,7 +104,7 @@ class DeployConfig(Strict):
     @field_validator("serve")
     @classmethod
     def _is_accepted(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        if taken := {"host", "port", "serve_port", "grpc_port", "tokens"} & set(settings):
+        if taken := {"host", "port", "serve_port", "grpc_port", "tokens", "cache"} & set(settings):
             raise ValueError(f"{', '.join(sorted(taken))} follow from the deployment")
         check_config(ServeConfig, settings)
         return settings
@@ -117,4 +119,6 @@ class DeployConfig(Strict):
         """Give all settings of the serve stage."""
         ports = self.ports
         ours = {"host": "0.0.0.0", "port": ports.direct, "serve_port": ports.serve, "grpc_port": ports.grpc}
-        return {**self.serve, **ours, "tokens": f"{TOKENS}/tokens.json"}
+        # A file that is being fetched lies there beside those that are kept.
+        near = {} if self.is_shared_folder else {"cache": {"folder": CACHE, "limit_gb": self.cache_gb * 0.8}}
+        return {**self.serve, **ours, **near, "tokens": f"{TOKENS}/tokens.json"}

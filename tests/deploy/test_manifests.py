@@ -204,6 +204,13 @@ def test_a_store_in_place_of_a_volume_needs_none():
     files = render.render(check_config(DeployConfig, settings | {"root": "s3://bucket/gsl"}))
     text = "".join(files.values())
     assert "kuberay/10-volume.yaml" not in files and "gsl-data" not in text and "value: s3://bucket/gsl" in text
+    spec = yaml.safe_load(files["kuberay/60-service.yaml"])["spec"]
+    served = yaml.safe_load(spec["serveConfigV2"])["applications"][0]["args"]["cache"]
+    [group] = spec["rayClusterConfig"]["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    assert served["folder"] in [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
+    [room] = [volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "cache"]
+    assert served["limit_gb"] < int(room.removesuffix("Gi"))
 
 
 @pytest.mark.parametrize(
