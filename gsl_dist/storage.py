@@ -285,8 +285,8 @@ class _PatientReader(io.RawIOBase):
     def __init__(
         self, start: Callable[[], pa.NativeFile], size: int, attempt: Callable[[Callable[[], bytes]], bytes]
     ) -> None:
+        self._stream: pa.NativeFile | None = None
         self._start, self._size, self._attempt, self._at = start, size, attempt, 0
-        self._stream: pa.NativeFile | None = start()
 
     def readable(self) -> bool:
         return True

@@ -56,7 +56,9 @@ class SubmitConfig(Strict):
         description="what jobs get a copy of, but what .gitignore and .rayignore name",
     )
     root: str | None = Field(
-        default=None, min_length=1, description="where relative paths begin: a shared folder or a URI; None: here"
+        default=None,
+        pattern=r"^(/|[a-z0-9]+://)",
+        description="where relative paths begin: a shared folder or a URI; None: here",
     )
     env: dict[str, str] = Field(default={}, description="environment variables of the job and its workers")
     pip: list[str] = Field(default=[], description="packages to install for the job, unless its machines have them")
@@ -224,7 +226,8 @@ def _find_inside(working_dir: str, folder: Path) -> str:
 
 
 def _describe_env(settings: SubmitConfig) -> dict[str, Any]:
-    env = {"working_dir": settings.working_dir, "env_vars": {ROOT: settings.root or os.getcwd(), **settings.env}}
+    root = settings.root or os.environ.get(ROOT) or os.getcwd()
+    env = {"working_dir": settings.working_dir, "env_vars": {ROOT: root, **settings.env}}
     wanted = {"pip": settings.pip, "excludes": settings.excludes}
     return env | {name: value for name, value in wanted.items() if value}
 
