@@ -198,7 +198,10 @@ def demo(
 @app.command()
 def search(  # noqa: PLR0913 - the options of a command
     target: Annotated[str, typer.Argument(metavar="TARGET", help="an index folder, or the URL of a service")],
-    query: Annotated[Path, typer.Argument(metavar="QUERY", help=".npy or .fvecs with vectors, or an image")],
+    query: Annotated[
+        Path,
+        typer.Argument(metavar="QUERY", help=".npy or .fvecs with vectors, an image, or one a modality: a=FILE,b=FILE"),
+    ],
     k: Annotated[int, typer.Option("-k", help="neighbours for each query")] = 10,
     probes: Annotated[
         int | None, typer.Option(help="cells, or regions of lines, to look into; by default 16 cells")
@@ -215,7 +218,7 @@ def search(  # noqa: PLR0913 - the options of a command
     version: Annotated[str | None, typer.Option(help="a version of the folder; by default the promoted one")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Search a version for the neighbours of a vector file or an image.
+    """Search a version for the neighbours of a vector file, an image, or an item of several modalities.
 
     An image passes through the encoder of the version; a service has one if it was started with `encoder=true`.
 
@@ -361,10 +364,7 @@ def _search_service(url: str, query: Path, effort: Effort) -> Hits:
     with Client(url, timeout_s=60) as client:
         if _is_vectors(query):
             return client.search(_read_vectors(query), **effort._asdict())
-        try:
-            return client.search(items=[query.read_bytes()], **effort._asdict())
-        except OSError as error:
-            raise BadInput("query", str(query), f"it must be a readable file ({error})") from error
+        return client.search(items=[_read_item(query)], **effort._asdict())
 
 
 def _search_folder(index: str, query: Path, effort: Effort, version: str | None) -> Hits:
@@ -376,6 +376,10 @@ def _search_folder(index: str, query: Path, effort: Effort, version: str | None)
     from gsl_dist.cluster.evaluate import embed_queries
 
     manifest = searcher.manifest
+    if "=" in str(query) and manifest.model:
+        from gsl_dist.cluster.query import QueryEncoder
+
+        return searcher.search(QueryEncoder(index, manifest).encode([_read_item(query)]), **effort._asdict())
     shape = manifest.configs.get("train", {}).get("corpus", {}).get("image")
     if shape is None or not manifest.model:
         raise BadInput("query", str(query), f"version {manifest.version} has no image encoder; give .npy or .fvecs")
@@ -399,6 +403,17 @@ def _read_vectors(query: Path) -> NDArray[np.float32]:
 
     vectors: NDArray[np.float32] = open_corpus(CorpusConfig(path=str(query))).read_all().items
     return vectors
+
+
+def _read_item(query: Path) -> bytes | dict[str, bytes]:
+    """Read a file, or a file of each modality: `image=coat.png,edges=coat-edges.png`."""
+    named = [part.partition("=") for part in str(query).split(",")]
+    try:
+        if "=" not in str(query):
+            return query.read_bytes()
+        return {name.strip(): Path(file).read_bytes() for name, _, file in named}
+    except OSError as error:
+        raise BadInput("query", str(query), f"it must be a readable file ({error})") from error
 
 
 def _read_image(query: Path, shape: dict[str, Any]) -> NDArray[np.uint8]:

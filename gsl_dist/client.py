@@ -27,6 +27,9 @@ from gsl_dist.errors import ConfigError, Denied, GslError, Overloaded, QueryErro
 from gsl_dist.hits import NO_ID, Effort, Hits
 from gsl_dist.wire import HITS_TYPE, QUERY_TYPE, pack_query, unpack_hits
 
+RawItem = bytes | ArrayLike | Mapping[str, bytes | ArrayLike]
+"""A file, an array of numbers, or of each modality, by its name, one of both."""
+
 T = TypeVar("T")
 
 _TRIES = 3
@@ -53,7 +56,7 @@ class Calls:
         probes: int | None = None,
         *,
         ids: Sequence[int] | None = None,
-        items: Sequence[bytes | ArrayLike] | None = None,
+        items: Sequence[RawItem] | None = None,
         refine: int | None = None,
         recall: float | None = None,
         where: Mapping[str, Any] | None = None,
@@ -153,7 +156,7 @@ class Client:
         probes: int | None = None,
         *,
         ids: Sequence[int] | None = None,
-        items: Sequence[bytes | ArrayLike] | None = None,
+        items: Sequence[RawItem] | None = None,
         refine: int | None = None,
         recall: float | None = None,
         where: Mapping[str, Any] | None = None,
@@ -172,7 +175,8 @@ class Client:
             k: neighbours wanted for each.
             probes: lists to look into, cells or regions; by default 16 cells, or all if there are fewer.
             ids: items like which others are wanted, instead of queries.
-            items: raw items for the encoder of the service, files as bytes or arrays of numbers, instead of queries.
+            items: raw items for the encoder of the service, instead of queries: files as bytes, arrays of numbers, or
+                a mapping to either by the names of modalities.
             refine: candidates for each hit, ranked again by the vectors kept; by default 4 where they are.
             recall: the share of true neighbours to find, instead of probes and refine, as `gsl tune` measured it.
             where: which items may be hits, by payload columns and `id` (`gsl_dist.filters`).
@@ -401,8 +405,15 @@ def _as_rows(payload: Sequence[Mapping[str, Any]] | Mapping[str, Any], count: in
     return [dict(row) for row in rows]
 
 
-def _show_items(items: Sequence[bytes | ArrayLike]) -> list[Any]:
-    return [base64.b64encode(item).decode() if isinstance(item, bytes) else np.asarray(item).tolist() for item in items]
+def _show_items(items: Sequence[RawItem]) -> list[Any]:
+    return [
+        {name: _show_part(part) for name, part in item.items()} if isinstance(item, Mapping) else _show_part(item)
+        for item in items
+    ]
+
+
+def _show_part(item: bytes | ArrayLike) -> Any:
+    return base64.b64encode(item).decode() if isinstance(item, bytes) else np.asarray(item).tolist()
 
 
 def _put_off(answer: httpx.Response, deadline: float) -> float | None:

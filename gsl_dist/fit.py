@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict
-from gsl_dist.encoders import Encoder
+from gsl_dist.encoders import Encoder, Views
 from gsl_dist.errors import GslError
 from gsl_dist.losses import SimilarityLoss
 from gsl_dist.quantizers import Trained
@@ -247,12 +247,35 @@ def _run_epoch(training: Training, network: nn.Module, batches: Iterable[Batch])
 
 
 def _take_step(training: Training, network: nn.Module, items: Tensor, labels_N: Tensor) -> float:
-    y_ND = training.snapping(network(items.to(training.device)))
-    loss = training.loss(gather_rows(y_ND), gather_rows(labels_N.to(training.device)))
+    learned = network(items.to(training.device))
+    labels_N = gather_rows(labels_N.to(training.device))
+    if isinstance(learned, Views):
+        loss = _sum_views(training, learned, labels_N)
+    else:
+        loss = training.loss(gather_rows(training.snapping(learned)), labels_N)
     training.optimizer.zero_grad()
     loss.backward()
     training.optimizer.step()
     return float(loss.detach())
+
+
+def _sum_views(training: Training, views: Views, labels_N: Tensor) -> Tensor:
+    """Give the sum of the losses of all views; that of the last, the fused one, teaches what joined it and no more."""
+    terms = []
+    for place, (y_ND, there_N) in enumerate(zip(*views, strict=True), 1):
+        snapped_ND = y_ND
+        if there_N.any():
+            snapped_ND = torch.zeros_like(y_ND).masked_scatter(there_N[:, None], training.snapping(y_ND[there_N]))
+        there_N = gather_rows(there_N.int()) > 0
+        y_ND = gather_rows(snapped_ND)[there_N]
+        if not len(y_ND):
+            terms.append(y_ND.sum())
+        elif place < len(views.y_VND):
+            terms.append(training.loss(y_ND, labels_N[there_N]))
+        else:
+            held = {name: value.detach() for name, value in training.loss.named_parameters()}
+            terms.append(torch.func.functional_call(training.loss, held, (y_ND, labels_N[there_N])))
+    return torch.stack(terms).sum()
 
 
 def _record(training: Training, loss: float, error: float | None) -> EpochRecord:

@@ -91,10 +91,12 @@ class CorpusQueries:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        from gsl_dist.cluster.model import load_encoder, pick_device
+        from gsl_dist.cluster.model import check_modalities, load_encoder, pick_device
 
         assert self._model is not None, "asked for where there is one"
-        return load_encoder(self._model.location)[0].to(pick_device(self._gpus))
+        encoder, card = load_encoder(self._model.location)
+        check_modalities(card, encoder, self._corpus.config, "queries")
+        return encoder.to(pick_device(self._gpus))
 
 
 class OwnQueries:

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from gsl_dist.artefact import CODEBOOK, Card, find_finished, open_card, publish_card
 from gsl_dist.artefact import load_codebook as load_codebook
 from gsl_dist.cluster.coordinator import Agenda, Seat, check_rows, start_coordinator
-from gsl_dist.cluster.model import load_encoder, load_trained_codebook, pick_device
+from gsl_dist.cluster.model import check_modalities, load_encoder, load_trained_codebook, pick_device
 from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet, watch_remarks
 from gsl_dist.codebook import WITHOUT_PRODUCTS, Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
@@ -130,7 +130,11 @@ def _fit(config: CodebookConfig, progress: Progress) -> tuple[Codebook, dict[str
     corpus = open_corpus(config.corpus)
     if config.model is None and corpus.kind != "vectors":
         raise ConfigError("model", None, "a corpus of images needs a model that turns them into vectors")
-    dim = load_encoder(config.model)[0].dim if config.model else corpus.item_shape[0]
+    dim = corpus.item_shape[0]
+    if config.model:
+        encoder, card = load_encoder(config.model)
+        check_modalities(card, encoder, config.corpus)
+        dim = encoder.dim
     check_rows(corpus.rows, config.lloyd, make_quantizer(config.quantizer, dim))
     start_session(config.resources.workers * config.resources.cpus)
     workers = config.resources.workers

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from gsl_dist.artefact import Card, find_finished, load_codebook, open_card, publish_card
 from gsl_dist.cluster.codebook import check_lengths
-from gsl_dist.cluster.model import load_encoder, pick_device
+from gsl_dist.cluster.model import check_modalities, load_encoder, pick_device
 from gsl_dist.cluster.session import Progress, run_tasks, start_session, stay_quiet
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
@@ -231,7 +231,11 @@ def _join_next(tables: Iterator[pa.Table], schema: pa.Schema) -> pa.Table:
 def _check_settings(config: EncodeConfig, corpus: Corpus, codebook: Codebook) -> None:
     if config.model is None and corpus.kind != "vectors":
         raise ConfigError("model", None, "a corpus of images needs a model that turns them into vectors")
-    dim = load_encoder(config.model)[0].dim if config.model else corpus.item_shape[0]
+    dim = corpus.item_shape[0]
+    if config.model:
+        encoder, card = load_encoder(config.model)
+        check_modalities(card, encoder, config.corpus)
+        dim = encoder.dim
     if dim != codebook.dim:
         owner = "model" if config.model else "corpus"
         raise ConfigError(owner, f"vectors of {dim} numbers", f"the codebook {config.codebook} takes {codebook.dim}")

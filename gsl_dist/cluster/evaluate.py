@@ -76,6 +76,8 @@ def run_evaluate(config: EvaluateConfig, progress: Progress = stay_quiet) -> dic
     wanted = np.empty(0, np.int64) if queries.labels is None else queries.labels
     if config.label_column and queries.labels is None:
         raise ConfigError("queries.label_column", None, "mAP needs the labels of the queries too")
+    if has_model(searcher.manifest):
+        QueryEncoder(config.index, searcher.manifest).check(config.queries, "queries")
     vectors_QD = embed_queries(config.index, searcher.manifest, queries.items)
     query_ids = queries.ids if config.queries.id_column else None
     measured: dict[str, Any] = {

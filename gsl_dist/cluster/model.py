@@ -12,8 +12,9 @@ from safetensors.torch import save as save_tensors
 
 from gsl_dist.artefact import CODEBOOK, Card, open_card, publish_card
 from gsl_dist.codebook import Codebook
-from gsl_dist.encoders import Encoder, EncoderConfig, make_encoder
-from gsl_dist.errors import ArtefactError
+from gsl_dist.data import CorpusConfig, ModalityConfig
+from gsl_dist.encoders import Encoder, EncoderConfig, FusedEncoder, make_encoder
+from gsl_dist.errors import ArtefactError, ConfigError
 from gsl_dist.storage import Folder
 
 WEIGHTS = "encoder.safetensors"
@@ -58,12 +59,40 @@ def load_encoder(location: str) -> tuple[Encoder, Card]:
     """
     folder = Folder(location)
     card = open_card(folder, "model")
-    encoder = make_encoder(_ENCODER.validate_python(card.config["encoder"]), tuple(card.facts["item_shape"]))
+    shape, channels = tuple(card.facts["item_shape"]), {part.column: part.channels for part in read_modalities(card)}
+    encoder = make_encoder(_ENCODER.validate_python(card.config["encoder"]), shape, channels)
     try:
         encoder.load_state_dict(load_tensors(folder.read_bytes(WEIGHTS)))
     except (SafetensorError, RuntimeError) as error:
         raise ArtefactError(folder.path(WEIGHTS), f"the weights do not fit the network ({error})") from error
     return encoder.eval(), card
+
+
+def read_modalities(card: Card) -> list[ModalityConfig]:
+    """Give the images that an item of this model is made of; none where it is one, or a vector."""
+    return [ModalityConfig.model_validate(part) for part in card.config.get("corpus", {}).get("modalities", [])]
+
+
+def check_modalities(card: Card, encoder: Encoder, corpus: CorpusConfig, field: str = "corpus") -> None:
+    """See to it that a corpus has the images that a model was trained on, and all of them where it needs them.
+
+    Raises:
+        ConfigError: it has others, or others before them, or may lack some.
+    """
+    wanted = {part.column: part.channels for part in read_modalities(card)}
+    if [*corpus.channels.items()] != [*wanted.items()]:
+        shown = ", ".join(f"{name} of {channels} channel(s)" for name, channels in wanted.items()) or "none"
+        allowed = f"the encoder was trained on {shown}: name these in this order, with absent: true what is not there"
+        raise ConfigError(f"{field}.modalities", list(corpus.channels), allowed)
+    if not isinstance(encoder, FusedEncoder) or encoder.backbone.does_with_one:
+        return
+    ways = "train it with encoder.modality_dropout above 0 to do with one"
+    for part in corpus.modalities:
+        if part.absent:
+            allowed = f"the encoder fuses {' and '.join(wanted)} and needs both: {ways}"
+            raise ConfigError(f"{field}.modalities", f"{part.column} absent", allowed)
+    if corpus.partial:
+        raise ConfigError(f"{field}.partial", True, f"the encoder needs {' and '.join(wanted)} of every item: {ways}")
 
 
 def load_trained_codebook(location: str) -> Codebook:

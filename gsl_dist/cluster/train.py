@@ -36,7 +36,7 @@ from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_q
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import Corpus, CorpusConfig, open_corpus
-from gsl_dist.encoders import EncoderConfig, Head, TableConfig, make_encoder
+from gsl_dist.encoders import EncoderConfig, FusedEncoder, FusionConfig, Head, TableConfig, make_encoder
 from gsl_dist.errors import ConfigError, DataError, GslError
 from gsl_dist.fit import Batch, Diverged, FitConfig, Training, embed, fit
 from gsl_dist.losses import LossConfig, NeighbourConfig, level_rows, make_loss
@@ -69,6 +69,12 @@ class TrainConfig(Strict):
     def _can_be_landed_on(self) -> TrainConfig:
         if self.quantizer.kind == "rabitq":
             raise ValueError("quantizer.kind: rabitq has no codewords to land on; it is for the codebook stage")
+        return self
+
+    @model_validator(mode="after")
+    def _has_views(self) -> TrainConfig:
+        if self.fit.views and isinstance(self.encoder, FusionConfig):
+            raise ValueError("fit.views are rows as dropout spreads them: asymfusion has none, it must be 0")
         return self
 
     @model_validator(mode="after")
@@ -169,8 +175,19 @@ def _check_settings(config: TrainConfig, corpus: Corpus) -> None:
         _check_neighbours(config, config.loss, corpus)
     elif not corpus.has_labels:
         raise ConfigError("corpus.label_column", config.corpus.label_column, "training needs a column of labels")
-    encoder = make_encoder(config.encoder, corpus.item_shape)
+    encoder = make_encoder(config.encoder, corpus.item_shape, config.corpus.channels)
+    if isinstance(encoder, FusedEncoder):
+        _check_modalities(config.corpus, encoder)
     check_rows(corpus.rows, config.lloyd, make_quantizer(config.quantizer, encoder.dim))
+
+
+def _check_modalities(corpus: CorpusConfig, encoder: FusedEncoder) -> None:
+    absent = [part.column for part in corpus.modalities if part.absent]
+    if absent:
+        raise ConfigError("corpus.modalities", f"{absent[0]} absent", "training needs items that have every modality")
+    if corpus.partial and not encoder.backbone.does_with_one:
+        wanted = "items that lack a modality can be learned from with encoder.modality_dropout above 0 only"
+        raise ConfigError("corpus.partial", True, wanted)
 
 
 def _check_neighbours(config: TrainConfig, loss: NeighbourConfig, corpus: Corpus) -> None:
@@ -327,16 +344,17 @@ def plan(config: FitConfig, rows: TrainingSet, epoch: int) -> NDArray[np.int64]:
 
 def _start_training(config: TrainConfig, rows: TrainingSet) -> Training:
     """Give a training as the last checkpoint left it, or at its start."""
-    training = _make_training(config, rows)
+    training = make_training(config, rows)
     if isinstance(head := training.encoder.backbone, Head):
         head.start_from(torch.from_numpy(rows.items[spread_rows(len(rows.items), _START_ROWS)]))
     _restore(training)
     return training
 
 
-def _make_training(config: TrainConfig, rows: TrainingSet) -> Training:
+def make_training(config: TrainConfig, rows: TrainingSet) -> Training:
+    """Give a training that has not begun: network, loss and snapping layer, drawn by the seed."""
     torch.manual_seed(config.fit.seed)
-    encoder = make_encoder(config.encoder, rows.items.shape[1:])
+    encoder = make_encoder(config.encoder, rows.items.shape[1:], config.corpus.channels)
     loss = make_loss(config.loss, classes=len(rows.classes), dim=encoder.dim, mined=rows.mined)
     return Training(encoder, loss, SnappingLayer(config.snap), config.fit, pick_device(config.resources.gpus))
 
@@ -389,7 +407,7 @@ def _report(training: Training, seat: Seat) -> None:
 def _publish(
     config: TrainConfig, corpus: Corpus, rows: TrainingSet, folder: Folder, made_by: str, result: ray.train.Result
 ) -> Card:
-    training = _make_training(config, rows)
+    training = make_training(config, rows)
     with result.checkpoint.as_directory() as kept:
         training.load_state(torch.load(Path(kept) / _STATE, map_location="cpu", weights_only=True))
     snapped = config.snap.variant != "none"

@@ -1,8 +1,8 @@
 """Where rows come from: vectors, tables and images, read in bounded memory by one small interface."""
 
 from gsl_dist.data.corpus import Batch, Corpus, Reject, merge_batches, open_corpus, split_rows
-from gsl_dist.data.images import FASHION_CLASSES, decode_image, fashion_folder
-from gsl_dist.data.source import CorpusConfig, ImageConfig
+from gsl_dist.data.images import FASHION_CLASSES, decode_image, fashion_folder, join_modalities, modality_image
+from gsl_dist.data.source import CorpusConfig, ImageConfig, ModalityConfig
 from gsl_dist.data.vectors import read_vectors, write_vectors
 
 __all__ = [
@@ -11,10 +11,13 @@ __all__ = [
     "Corpus",
     "CorpusConfig",
     "ImageConfig",
+    "ModalityConfig",
     "Reject",
     "decode_image",
     "fashion_folder",
+    "join_modalities",
     "merge_batches",
+    "modality_image",
     "open_corpus",
     "read_vectors",
     "split_rows",

@@ -19,8 +19,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gsl_dist.config import fingerprint_config
-from gsl_dist.data.images import FolderSource, decode_image
-from gsl_dist.data.source import CorpusConfig, ImageConfig, Raw, Source, SourceFile, find_files
+from gsl_dist.data.images import FolderSource, decode_image, decode_modalities
+from gsl_dist.data.source import CorpusConfig, Raw, Source, SourceFile, find_files
 from gsl_dist.data.tables import TableSource
 from gsl_dist.data.vectors import VectorSource
 from gsl_dist.errors import DataError, GslError
@@ -68,7 +68,7 @@ class Corpus:
     Attributes:
         rows: how many rows the source has, rejected ones included.
         kind: what an item is.
-        item_shape: (D,) or (H, W, Ch).
+        item_shape: (D,) or (H, W, Ch); of items of several modalities see `decode_modalities`.
         fingerprint: a hash of the config and of the files' names, sizes, rows and local times of change.
     """
 
@@ -76,7 +76,7 @@ class Corpus:
         self.config, self._source = config, source
         self.rows, self.has_labels, self.payload_schema = source.rows, source.has_labels, source.payload_schema
         self.kind: Literal["vectors", "images"] = "images" if source.dim is None else "vectors"
-        self.item_shape: tuple[int, ...] = config.image.shape if source.dim is None else (source.dim,)
+        self.item_shape: tuple[int, ...] = config.image_shape if source.dim is None else (source.dim,)
         listed = [[file.name, file.bytes, file.mtime_ns, rows] for file, rows in zip(files, source.counts, strict=True)]
         self.fingerprint = fingerprint_config(config, listed)
 
@@ -125,7 +125,7 @@ class Corpus:
             return
         with ThreadPoolExecutor(_DECODERS) as pool:
             for raw in raws:
-                yield _decode_images(raw, self.config.image, pool)
+                yield _decode_images(raw, self.config, pool)
 
 
 def open_corpus(config: CorpusConfig) -> Corpus:
@@ -184,11 +184,11 @@ def _check_vectors(raw: Raw, *, normalize: bool) -> Batch:
     return Batch(raw.ids, vectors, raw.labels, raw.payload)
 
 
-def _decode_images(raw: Raw, image: ImageConfig, pool: ThreadPoolExecutor) -> Batch:
-    outcomes = list(pool.map(lambda at: _try_decode(raw, at, image), range(len(raw.rows))))
+def _decode_images(raw: Raw, config: CorpusConfig, pool: ThreadPoolExecutor) -> Batch:
+    outcomes = list(pool.map(lambda at: _try_decode(raw, at, config), range(len(raw.rows))))
     rejects = [outcome for outcome in outcomes if isinstance(outcome, Reject)]
     kept = [outcome for outcome in outcomes if not isinstance(outcome, Reject)]
-    items = np.stack(kept) if kept else np.empty((0, *image.shape), dtype=np.uint8)
+    items = np.stack(kept) if kept else np.empty((0, *config.image_shape), dtype=np.uint8)
     batch = Batch(raw.ids, items, raw.labels, raw.payload, rejects)
     if not rejects:
         return batch
@@ -201,12 +201,14 @@ def _decode_images(raw: Raw, image: ImageConfig, pool: ThreadPoolExecutor) -> Ba
     )
 
 
-def _try_decode(raw: Raw, at: int, image: ImageConfig) -> NDArray[np.uint8] | Reject:
+def _try_decode(raw: Raw, at: int, config: CorpusConfig) -> NDArray[np.uint8] | Reject:
     row, source = int(raw.rows[at]), raw.names[at]
     try:
-        content = raw.items[at]
+        content: Any = raw.items[at]
+        if config.modalities:
+            return decode_modalities(content, config)
         if content is None:
             return Reject(row, source, "the image is null")
-        return decode_image(content, image)
+        return decode_image(content, config.image)
     except (OSError, ValueError, GslError) as error:
         return Reject(row, source, str(error))

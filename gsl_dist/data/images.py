@@ -18,7 +18,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from gsl_dist.data.source import CorpusConfig, Format, ImageConfig, Raw, Rows, Source, SourceFile, refuse_settings
+from gsl_dist.data.source import (
+    CorpusConfig,
+    Format,
+    ImageConfig,
+    ModalityConfig,
+    Raw,
+    Rows,
+    Source,
+    SourceFile,
+    refuse_settings,
+)
 from gsl_dist.errors import DataError
 from gsl_dist.storage import Folder
 
@@ -68,6 +78,45 @@ def decode_image(content: bytes, image: ImageConfig) -> NDArray[np.uint8]:
     if pixels.size != (image.width, image.height):
         pixels = pixels.resize((image.width, image.height), Image.Resampling.BILINEAR)
     return np.array(pixels, dtype=np.uint8).reshape(image.shape)
+
+
+def decode_modalities(contents: Sequence[bytes | None], config: CorpusConfig) -> NDArray[np.uint8]:
+    """Turn the encoded images of one item into one array; those that it lacks become zeros.
+
+    Shapes: (H, W, Ch + 1) uint8: the channels of all modalities, and a plane whose bits say which are there.
+
+    Raises:
+        ValueError: one cannot be read, or is missing where it must not; the message names it and says why.
+    """
+    parts: list[NDArray[np.uint8] | None] = []
+    for content, modality in zip(contents, config.modalities, strict=True):
+        if content is None and not modality.absent and not config.partial:
+            raise ValueError(f"{modality.column} is null (corpus.partial keeps items that lack a modality)")
+        try:
+            parts.append(None if content is None else decode_image(content, modality_image(config.image, modality)))
+        except ValueError as error:
+            raise ValueError(f"{modality.column}: {error}") from error
+    if all(part is None for part in parts):
+        raise ValueError("all of its modalities are null")
+    return join_modalities(parts, config.image, config.modalities)
+
+
+def join_modalities(
+    parts: Sequence[NDArray[np.uint8] | None], image: ImageConfig, modalities: Sequence[ModalityConfig]
+) -> NDArray[np.uint8]:
+    """Put the images of one item behind one another, zeros for None, and behind them which are there.
+
+    Shapes: M x (H, W, Ch of each) -> (H, W, Ch + 1) uint8.
+    """
+    shapes = [modality_image(image, modality).shape for modality in modalities]
+    planes = [np.zeros(shape, np.uint8) if part is None else part for part, shape in zip(parts, shapes, strict=True)]
+    bits = sum(1 << place for place, part in enumerate(parts) if part is not None)
+    return np.concatenate([*planes, np.full((image.height, image.width, 1), bits, np.uint8)], axis=2)
+
+
+def modality_image(image: ImageConfig, modality: ModalityConfig) -> ImageConfig:
+    """Give what the images of a modality are resized and converted to."""
+    return image.model_copy(update={"channels": modality.channels})
 
 
 class FolderSource(Source):

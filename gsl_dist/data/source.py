@@ -56,6 +56,14 @@ class ImageConfig(Strict):
         return self.height, self.width, self.channels
 
 
+class ModalityConfig(Strict):
+    """One of the images that every item is made of."""
+
+    column: str = Field(description="its column, and its name")
+    channels: Literal[1, 3] = Field(default=3, description="1: grey, 3: red, green and blue")
+    absent: bool = Field(default=False, description="this corpus has no such column: all items are without it")
+
+
 class CorpusConfig(Strict):
     """Where the rows are and which columns mean what.
 
@@ -72,7 +80,32 @@ class CorpusConfig(Strict):
     label_column: str | None = Field(default=None, description="integers or strings")
     payload_columns: list[str] = Field(default=[], description="columns to keep beside the id")
     image: ImageConfig = ImageConfig()
+    modalities: tuple[ModalityConfig, ...] = Field(
+        default=(), max_length=8, description="columns of images that make up an item, instead of image_column"
+    )
+    partial: bool = Field(default=False, description="keep items that lack some of their modalities")
     normalize: bool = Field(default=False, description="bring every vector to length 1 when it is read")
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Give the channels of each modality by its name."""
+        return {part.column: part.channels for part in self.modalities}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Give (H, W, Ch) of what an image becomes; of modalities, all their channels and a plane that says which."""
+        if not self.modalities:
+            return self.image.shape
+        return self.image.height, self.image.width, sum(self.channels.values()) + 1
+
+    @field_validator("modalities")
+    @classmethod
+    def _check_modalities(cls, parts: tuple[ModalityConfig, ...]) -> tuple[ModalityConfig, ...]:
+        if len({part.column for part in parts}) < len(parts):
+            raise ValueError("every modality may be named once")
+        if parts and all(part.absent for part in parts):
+            raise ValueError("one of them at least must not be absent")
+        return parts
 
     @field_validator("payload_columns")
     @classmethod
@@ -98,12 +131,13 @@ class Raw:
     Args:
         rows: their numbers in the corpus.
         names: the file that each comes from.
-        items: vectors as (N, D) float32, or N encoded images; None stands for a null.
+        items: vectors as (N, D) float32, or N encoded images, or as many to each item as it has modalities; None stands
+            for a null.
     """
 
     rows: Rows
     names: Sequence[str]
-    items: NDArray[np.float32] | Sequence[bytes | None]
+    items: NDArray[np.float32] | Sequence[bytes | None] | Sequence[tuple[bytes | None, ...]]
     ids: Rows
     labels: Rows | None = None
     payload: pa.Table | None = None
@@ -189,7 +223,7 @@ def refuse_settings(config: CorpusConfig, kind: str, *allowed: str) -> None:
     Raises:
         DataError: a column is named.
     """
-    for name in ("id_column", "vector_column", "image_column", "label_column", "payload_columns"):
+    for name in ("id_column", "vector_column", "image_column", "label_column", "payload_columns", "modalities"):
         value: Any = getattr(config, name)
         if value and name not in allowed:
             raise DataError(f"corpus.{name}", value, f"{kind} files have no columns: leave it out")

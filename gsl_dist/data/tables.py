@@ -99,8 +99,8 @@ class TableSource(Source):
             self._files = list(pool.map(lambda file: opener(folder, file.name), files))
         self.counts = [sum(file.counts) for file in self._files]
         self.rows = sum(self.counts)
-        self._item = self._find_item()
-        named = [self._item, config.id_column, config.label_column, *config.payload_columns]
+        self._items = self._find_items()
+        named = [*self._items, config.id_column, config.label_column, *config.payload_columns]
         self._columns = list(dict.fromkeys(name for name in named if name))
         self._check_columns()
         self._check_types()
@@ -147,8 +147,7 @@ class TableSource(Source):
 
     def _make_raw(self, file: str, rows: Rows, batch: pa.RecordBatch) -> Raw:
         config = self._config
-        column = _plain(batch.column(self._item))
-        items = self._read_images(column) if config.image_column else self._read_vectors(column, rows, file)
+        items = self._read_items(batch, rows, file)
         ids = self._read_integers(batch, config.id_column, rows, file) if config.id_column else rows
         if len(ids) and ids.min() < 0:
             at = int(np.argmin(ids))
@@ -159,6 +158,17 @@ class TableSource(Source):
             kept = [_plain(batch.column(name)) for name in config.payload_columns]
             payload = pa.table(kept, schema=self.payload_schema)
         return Raw(rows, [file] * len(rows), items, ids, labels, payload)
+
+    def _read_items(self, batch: pa.RecordBatch, rows: Rows, file: str) -> Any:
+        config = self._config
+        if config.vector_column:
+            return self._read_vectors(_plain(batch.column(config.vector_column)), rows, file)
+        read = {name: _read_images(_plain(batch.column(name))) for name in self._items}
+        if config.image_column:
+            return read[config.image_column]
+        # An item is a tuple of images; of those that this corpus does not have there are none.
+        columns = [[None] * len(rows) if part.absent else read[part.column] for part in config.modalities]
+        return list(zip(*columns, strict=True))
 
     def _read_integers(self, batch: pa.RecordBatch, name: str, rows: Rows, file: str) -> Rows:
         column, role = _plain(batch.column(name)), "id_column" if name == self._config.id_column else "label_column"
@@ -186,19 +196,14 @@ class TableSource(Source):
             flat = np.array(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
         return flat.reshape(len(rows), int(self.dim or 0))
 
-    def _read_images(self, column: pa.Array) -> list[bytes | None]:
-        if pa.types.is_struct(column.type):
-            column = pc.struct_field(column, "bytes")
-        contents: list[bytes | None] = column.to_pylist()
-        return contents
-
-    def _find_item(self) -> str:
+    def _find_items(self) -> list[str]:
         vector, image = self._config.vector_column, self._config.image_column
-        if (vector is None) == (image is None):
+        images = [part.column for part in self._config.modalities if not part.absent]
+        if sum(map(bool, (vector, image, images))) != 1:
             known = ", ".join(self._files[0].schema.names)
-            wanted = f"name exactly one of vector_column and image_column; the columns are {known}"
+            wanted = f"name exactly one of vector_column, image_column and modalities; the columns are {known}"
             raise DataError("corpus.vector_column", vector, wanted)
-        return str(vector or image)
+        return images or [str(vector or image)]
 
     def _check_columns(self) -> None:
         for file in self._files:
@@ -216,34 +221,37 @@ class TableSource(Source):
         rules = [
             ("vector_column", _is_vector, "lists of float16, float32 or float64"),
             ("image_column", _is_image, "binary, or a struct whose `bytes` is binary"),
+            ("modalities", _is_image, "binary, or a struct whose `bytes` is binary"),
             ("id_column", pa.types.is_integer, "integers"),
             ("label_column", lambda kind: _is_whole(kind) or _is_text(kind), "integers or strings"),
         ]
         for role, accepts, wanted in rules:
-            name = getattr(config, role)
-            if name and not accepts(_plain_type(self._type(name))):
-                raise DataError(f"corpus.{role}", f"{name!r} of {self._type(name)}", f"it must hold {wanted}")
+            for name in self._items if role == "modalities" and config.modalities else [getattr(config, role)]:
+                if name and not accepts(_plain_type(self._type(name))):
+                    raise DataError(f"corpus.{role}", f"{name!r} of {self._type(name)}", f"it must hold {wanted}")
 
     def _find_payload(self) -> pa.Schema | None:
         names = self._config.payload_columns
         return pa.schema([(name, _plain_type(self._type(name))) for name in names]) if names else None
 
     def _find_dim(self) -> int:
-        kind = _plain_type(self._type(self._item))
+        [item] = self._items
+        kind = _plain_type(self._type(item))
         if pa.types.is_fixed_size_list(kind):
             dim = int(kind.list_size)
         else:
             file = next(file for file, count in zip(self._files, self.counts, strict=True) if count)
             number = next(n for n, count in enumerate(file.counts) if count)
-            _, batch = next(file.blocks([number], [self._item], 1))
-            dim = int(pc.list_value_length(_plain(batch.column(self._item)))[0].as_py() or 0)
+            _, batch = next(file.blocks([number], [item], 1))
+            dim = int(pc.list_value_length(_plain(batch.column(item)))[0].as_py() or 0)
         if dim < 1:
-            raise DataError("corpus.vector_column", self._item, "the first row must hold a vector of at least one dim")
+            raise DataError("corpus.vector_column", item, "the first row must hold a vector of at least one dim")
         return dim
 
     def _role(self, name: str) -> str:
         roles = ("vector_column", "image_column", "id_column", "label_column")
-        return next((role for role in roles if getattr(self._config, role) == name), "payload_columns")
+        found = next((role for role in roles if getattr(self._config, role) == name), "payload_columns")
+        return "modalities" if self._config.modalities and name in self._items else found
 
     def _type(self, name: str) -> pa.DataType:
         # Asked for after the first file is known to have the column; a missing one is reported with its own message.
@@ -251,6 +259,13 @@ class TableSource(Source):
         if name not in schema.names:
             raise DataError(f"corpus.{self._role(name)}", name, f"the columns are {', '.join(schema.names)}")
         return schema.field(name).type
+
+
+def _read_images(column: pa.Array) -> list[bytes | None]:
+    if pa.types.is_struct(column.type):
+        column = pc.struct_field(column, "bytes")
+    contents: list[bytes | None] = column.to_pylist()
+    return contents
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:

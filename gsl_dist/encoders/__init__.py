@@ -4,6 +4,7 @@ from gsl_dist.encoders.backbones import (
     CnnConfig,
     Encoder,
     EncoderConfig,
+    FusedEncoder,
     Head,
     HeadConfig,
     MlpConfig,
@@ -11,15 +12,19 @@ from gsl_dist.encoders.backbones import (
     TableConfig,
     make_encoder,
 )
+from gsl_dist.encoders.multimodal import FusionConfig, Views
 
 __all__ = [
     "CnnConfig",
     "Encoder",
     "EncoderConfig",
+    "FusedEncoder",
+    "FusionConfig",
     "Head",
     "HeadConfig",
     "MlpConfig",
     "ModuleConfig",
     "TableConfig",
+    "Views",
     "make_encoder",
 ]

@@ -2,7 +2,8 @@
 
 An `Encoder` takes items as the corpus gives them (float32 vectors, or uint8 images with channels last) and gives
 representations of `dim` numbers. It normalizes over channels, never over the batch, so that a row's representation
-depends on that row alone: one worker and many train the same network.
+depends on that row alone: one worker and many train the same network. Several modalities are the exception, see
+`multimodal.py`; and while it learns, a `FusedEncoder` gives their representations one by one.
 """
 
 # Shapes: N items, D dims of a representation, H W channels of an image
@@ -10,6 +11,7 @@ depends on that row alone: one worker and many train the same network.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gsl_dist.config import Strict
+from gsl_dist.encoders.multimodal import AsymFusion, FusionConfig, Views
 from gsl_dist.errors import ConfigError
 
 _TINY = 1e-12
@@ -83,7 +86,9 @@ class TableConfig(Strict):
     normalize: bool = False
 
 
-EncoderConfig = Annotated[MlpConfig | HeadConfig | CnnConfig | ModuleConfig | TableConfig, Field(discriminator="kind")]
+EncoderConfig = Annotated[
+    MlpConfig | HeadConfig | CnnConfig | FusionConfig | ModuleConfig | TableConfig, Field(discriminator="kind")
+]
 
 
 class Encoder(nn.Module):
@@ -106,6 +111,26 @@ class Encoder(nn.Module):
         """
         y_ND: Tensor = self.backbone(_prepare(items))
         return F.normalize(y_ND, dim=1) if self.normalize else y_ND
+
+
+class FusedEncoder(Encoder):
+    """Items of several modalities in, representations of the whole items out; while it learns, all `Views` of them.
+
+    Args:
+        backbone: gives the views.
+        dim: D, the length of a representation.
+        normalize: as the backbone does it.
+    """
+
+    backbone: AsymFusion
+
+    def forward(self, items: Tensor) -> Any:
+        """Give representations, or in training `Views`.
+
+        Shapes: (N, H, W, C + 1) uint8 -> (N, D) float32.
+        """
+        views: Views = self.backbone(items)
+        return views if self.training else views.y_VND[-1]
 
 
 class Head(nn.Module):
@@ -157,12 +182,24 @@ class Head(nn.Module):
             self.linear.weight.copy_(torch.linalg.eigh(rest_ND.T @ rest_ND).eigenvectors.T.flip(0)[:dim])
 
 
-def make_encoder(config: EncoderConfig, item_shape: tuple[int, ...]) -> Encoder:
+def make_encoder(
+    config: EncoderConfig, item_shape: tuple[int, ...], modalities: Mapping[str, int] | None = None
+) -> Encoder:
     """Give an untrained encoder for items of this shape.
+
+    Args:
+        config: which, and its numbers.
+        item_shape: of one item as the corpus gives it.
+        modalities: the names and channels of the images that an item is made of, if it is of several.
 
     Raises:
         ConfigError: the encoder cannot take such items, or the target cannot be imported.
     """
+    if isinstance(config, FusionConfig):
+        return _make_fused(config, modalities or {})
+    if modalities:
+        wanted = f"items of several modalities ({', '.join(modalities)}) are for asymfusion"
+        raise ConfigError("encoder.kind", config.kind, wanted)
     if isinstance(config, TableConfig):
         _want_shape(config.kind, item_shape, axes=1)
         return Encoder(nn.Identity(), item_shape[0], normalize=config.normalize)
@@ -178,6 +215,15 @@ def make_encoder(config: EncoderConfig, item_shape: tuple[int, ...]) -> Encoder:
     else:
         backbone = _make_mlp(int(torch.Size(item_shape).numel()), config)
     return Encoder(backbone, config.dim, normalize=config.normalize)
+
+
+def _make_fused(config: FusionConfig, modalities: Mapping[str, int]) -> Encoder:
+    if not modalities:
+        raise ConfigError("encoder.kind", config.kind, "it takes items of modalities: name them in corpus.modalities")
+    if len(modalities) > 2 and config.fuses:
+        wanted = f"fusion is between two modalities; of {len(modalities)} set shuffle and shift to false"
+        raise ConfigError("encoder.shuffle", config.shuffle, wanted)
+    return FusedEncoder(AsymFusion(modalities, config), config.dim, normalize=config.normalize)
 
 
 def _prepare(items: Tensor) -> Tensor:

@@ -34,7 +34,11 @@ _SEARCH = _object(
     {
         "vectors": _list(_VECTOR, description="what is searched for; or `ids`, or `items`"),
         "ids": _list(_ID, description="items like which others are wanted"),
-        "items": _list({}, description="raw items for the encoder: files in base64, or numbers in lists"),
+        "items": _list(
+            {},
+            description="raw items for the encoder: files in base64, numbers in lists, or "
+            "objects with either for each modality",
+        ),
         "k": {**_COUNT, "default": Effort().k},
         "probes": {**_COUNT, "description": "lists to look into; by default 16 cells, or every one"},
         "refine": {

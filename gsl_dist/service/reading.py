@@ -239,20 +239,24 @@ def _read_ids(given: Any, limits: Limits) -> NDArray[np.int64]:
 
 
 def _read_item(item: Any, place: int) -> Any:
-    """Give a raw item: the bytes of a file in base64, or numbers in lists."""
+    """Give a raw item: the bytes of a file in base64, numbers in lists, or an object with either for each modality."""
+    if isinstance(item, dict):
+        return {name: _read_part(part, f"items[{place}].{name}") for name, part in item.items()}
+    return _read_part(item, f"items[{place}]")
+
+
+def _read_part(item: Any, field: str) -> Any:
     if isinstance(item, str):
         try:
             return base64.b64decode(item, validate=True)
         except binascii.Error as error:
-            raise QueryError(
-                f"items[{place}]", item, f"a string holds the bytes of a file in base64 ({error})"
-            ) from None
+            raise QueryError(field, item, f"a string holds the bytes of a file in base64 ({error})") from None
     try:
         row = np.array(item)
     except ValueError:
         row = np.empty(0, object)
     if not isinstance(item, list) or row.dtype.kind not in "fiu":
-        raise QueryError(f"items[{place}]", item, "it must be a file in base64, or numbers in lists")
+        raise QueryError(field, item, "it must be a file in base64, or numbers in lists")
     return row
 
 
