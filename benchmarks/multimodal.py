@@ -44,6 +44,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "+ shift": {"shuffle": False},
     "+ shuffle and shift": {},
     "+ both, modality dropout .3": {"modality_dropout": 0.3},
+    "+ both, as large as two networks": {"channels": [30, 60]},
 }
 
 

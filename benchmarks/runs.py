@@ -43,9 +43,12 @@ class Log:
         return self.done[key]
 
 
-def train(config: TrainConfig, rows: TrainingSet) -> Training:
-    """Train as the stage does with one worker."""
+def train(
+    config: TrainConfig, rows: TrainingSet, begin: Callable[[Training], None] = lambda training: None
+) -> Training:
+    """Train as the stage does with one worker; `begin` may change what it begins with."""
     training = make_training(config, rows)
+    begin(training)
     quantizer = make_quantizer(config.quantizer, training.encoder.dim)
 
     def batches(epoch: int) -> EpochBatches:

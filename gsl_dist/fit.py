@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,17 @@ from gsl_dist.snap import SnappingLayer
 
 Batch = tuple[Tensor, Tensor]
 Refresh = Callable[["Training"], Trained]
+
+
+class Further(Protocol):
+    """Terms beside the similarity loss, of the batch that the network has just seen."""
+
+    @property
+    def teacher(self) -> nn.Module:
+        """Give the network that they hold to."""
+
+    def terms(self, items: Tensor, gather: Callable[[Tensor], Tensor], workers: int) -> Tensor:
+        """Give their sum; what no row decides is counted by every worker and so divided among them."""
 
 
 class FitConfig(Strict):
@@ -108,10 +119,13 @@ class Training:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     codebook: Codebook | None = None
     history: list[EpochRecord] = field(default_factory=list)
+    further: Further | None = None
 
     def __post_init__(self) -> None:
         self.encoder.to(self.device)
         self.loss.to(self.device)
+        if self.further is not None:
+            self.further.teacher.to(self.device)
         groups = [{"params": list(self.encoder.parameters()), "lr": self.config.learning_rate}]
         if extra := list(self.loss.parameters()):
             groups.append({"params": extra, "lr": self.config.proxy_learning_rate})
@@ -247,12 +261,15 @@ def _run_epoch(training: Training, network: nn.Module, batches: Iterable[Batch])
 
 
 def _take_step(training: Training, network: nn.Module, items: Tensor, labels_N: Tensor) -> float:
-    learned = network(items.to(training.device))
+    items = items.to(training.device)
+    learned = network(items)
     labels_N = gather_rows(labels_N.to(training.device))
     if isinstance(learned, Views):
         loss = _sum_views(training, learned, labels_N)
     else:
         loss = training.loss(gather_rows(training.snapping(learned)), labels_N)
+    if training.further is not None:
+        loss = loss + training.further.terms(items, gather_rows, training.snapping.workers)
     training.optimizer.zero_grad()
     loss.backward()
     training.optimizer.step()

@@ -14,6 +14,7 @@ from gsl_dist.artefact import CODEBOOK, Card, open_card, publish_card
 from gsl_dist.codebook import Codebook
 from gsl_dist.data import CorpusConfig, ModalityConfig
 from gsl_dist.encoders import Encoder, EncoderConfig, FusedEncoder, make_encoder
+from gsl_dist.encoders.crosslayer import Plan, factor_layers
 from gsl_dist.errors import ArtefactError, ConfigError
 from gsl_dist.storage import Folder
 
@@ -61,6 +62,8 @@ def load_encoder(location: str) -> tuple[Encoder, Card]:
     card = open_card(folder, "model")
     shape, channels = tuple(card.facts["item_shape"]), {part.column: part.channels for part in read_modalities(card)}
     encoder = make_encoder(_ENCODER.validate_python(card.config["encoder"]), shape, channels)
+    if "compressed" in card.facts:
+        factor_layers(encoder, Plan.model_validate(card.facts["compressed"]), start=False)
     try:
         encoder.load_state_dict(load_tensors(folder.read_bytes(WEIGHTS)))
     except (SafetensorError, RuntimeError) as error:

@@ -29,7 +29,8 @@ from pydantic import Field, model_validator
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
-from gsl_dist.artefact import Card, find_finished
+from gsl_dist.artefact import Card, find_finished, open_card
+from gsl_dist.cluster.compress import compress_encoder, plan_model
 from gsl_dist.cluster.coordinator import Agenda, Seat, check_rows, start_coordinator
 from gsl_dist.cluster.model import pick_device, save_model
 from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet, watch_remarks
@@ -37,6 +38,7 @@ from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import Corpus, CorpusConfig, open_corpus
 from gsl_dist.encoders import EncoderConfig, FusedEncoder, FusionConfig, Head, TableConfig, make_encoder
+from gsl_dist.encoders.crosslayer import CompressConfig
 from gsl_dist.errors import ConfigError, DataError, GslError
 from gsl_dist.fit import Batch, Diverged, FitConfig, Training, embed, fit
 from gsl_dist.losses import LossConfig, NeighbourConfig, level_rows, make_loss
@@ -62,6 +64,9 @@ class TrainConfig(Strict):
     snap: SnapConfig = SnapConfig()
     fit: FitConfig = FitConfig()
     ranked: RankedConfig | None = Field(default=None, description="teach the last codebook to rank; None: leave it")
+    compress: CompressConfig | None = Field(
+        default=None, description="begin with a trained network, compressed across layers; None: with a new one"
+    )
     resources: Resources = Resources()
     max_failures: int = Field(default=3, ge=-1, description="restarts after a lost worker; -1: without end")
 
@@ -75,6 +80,12 @@ class TrainConfig(Strict):
     def _has_views(self) -> TrainConfig:
         if self.fit.views and isinstance(self.encoder, FusionConfig):
             raise ValueError("fit.views are rows as dropout spreads them: asymfusion has none, it must be 0")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_compressed(self) -> TrainConfig:
+        if self.compress and self.corpus.partial:
+            raise ValueError("compress compares items layer by layer: corpus.partial must be false")
         return self
 
     @model_validator(mode="after")
@@ -146,7 +157,7 @@ def run_train(config: TrainConfig, progress: Progress = stay_quiet) -> Card:
     """
     corpus = open_corpus(config.corpus)
     _check_settings(config, corpus)
-    made_by = fingerprint_config(_deciding(config), corpus.fingerprint)
+    made_by = fingerprint_config(_deciding(config), corpus.fingerprint, *_teachers(config))
     folder = Folder(config.output)
     if done := find_finished(folder, "model", made_by):
         return done
@@ -166,6 +177,10 @@ def _deciding(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"output", "resources", "max_failures"})
 
 
+def _teachers(config: TrainConfig) -> list[str]:
+    return [open_card(Folder(config.compress.model), "model").made_by] if config.compress else []
+
+
 def _check_settings(config: TrainConfig, corpus: Corpus) -> None:
     if isinstance(config.encoder, TableConfig):
         raise ConfigError(
@@ -178,6 +193,8 @@ def _check_settings(config: TrainConfig, corpus: Corpus) -> None:
     encoder = make_encoder(config.encoder, corpus.item_shape, config.corpus.channels)
     if isinstance(encoder, FusedEncoder):
         _check_modalities(config.corpus, encoder)
+    if config.compress:
+        plan_model(config.compress, config.encoder, corpus.item_shape)
     check_rows(corpus.rows, config.lloyd, make_quantizer(config.quantizer, encoder.dim))
 
 
@@ -345,7 +362,7 @@ def plan(config: FitConfig, rows: TrainingSet, epoch: int) -> NDArray[np.int64]:
 def _start_training(config: TrainConfig, rows: TrainingSet) -> Training:
     """Give a training as the last checkpoint left it, or at its start."""
     training = make_training(config, rows)
-    if isinstance(head := training.encoder.backbone, Head):
+    if isinstance(head := training.encoder.backbone, Head) and not config.compress:
         head.start_from(torch.from_numpy(rows.items[spread_rows(len(rows.items), _START_ROWS)]))
     _restore(training)
     return training
@@ -354,9 +371,12 @@ def _start_training(config: TrainConfig, rows: TrainingSet) -> Training:
 def make_training(config: TrainConfig, rows: TrainingSet) -> Training:
     """Give a training that has not begun: network, loss and snapping layer, drawn by the seed."""
     torch.manual_seed(config.fit.seed)
-    encoder = make_encoder(config.encoder, rows.items.shape[1:], config.corpus.channels)
+    encoder, further = make_encoder(config.encoder, rows.items.shape[1:], config.corpus.channels), None
+    if config.compress:
+        encoder, further = compress_encoder(config.compress, config.encoder, rows.items.shape[1:])
     loss = make_loss(config.loss, classes=len(rows.classes), dim=encoder.dim, mined=rows.mined)
-    return Training(encoder, loss, SnappingLayer(config.snap), config.fit, pick_device(config.resources.gpus))
+    device = pick_device(config.resources.gpus)
+    return Training(encoder, loss, SnappingLayer(config.snap), config.fit, device, further=further)
 
 
 def _restore(training: Training) -> None:
@@ -417,6 +437,8 @@ def _publish(
         "rows": len(rows.items),
         "history": [asdict(record) for record in training.history],
     }
+    if config.compress:
+        facts["compressed"] = plan_model(config.compress, config.encoder, corpus.item_shape)[1].model_dump(mode="json")
     dumped = json.loads(config.model_dump_json())
     card = save_model(
         folder, training.encoder, training.codebook if snapped else None, made_by=made_by, config=dumped, facts=facts

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,8 +25,6 @@ from gsl_dist.encoders.multimodal import AsymFusion, FusionConfig, Views
 from gsl_dist.errors import ConfigError
 
 _TINY = 1e-12
-_GRID = 4
-"""Places left in each direction at the end of the CNN: where a thing is still counts for a small image."""
 
 
 class MlpConfig(Strict):
@@ -63,7 +61,17 @@ class CnnConfig(Strict):
     kind: Literal["cnn"]
     dim: int = Field(default=64, ge=1)
     channels: tuple[int, ...] = Field(default=(32, 64, 128), min_length=1)
+    depths: tuple[int, ...] | None = Field(default=None, description="convolutions of each stage; None: one each")
+    grid: int = Field(
+        default=4, ge=1, description="places left in each direction at the end: where a thing is counts in small images"
+    )
     normalize: bool = True
+
+    @model_validator(mode="after")
+    def _has_a_depth_for_each_stage(self) -> CnnConfig:
+        if self.depths is not None and (len(self.depths) != len(self.channels) or min(self.depths) < 1):
+            raise ValueError(f"depths {self.depths} must have one of at least 1 for each of channels {self.channels}")
+        return self
 
 
 class ModuleConfig(Strict):
@@ -258,11 +266,13 @@ def _make_mlp(width: int, config: MlpConfig) -> nn.Module:
 
 def _make_cnn(channels: int, config: CnnConfig) -> nn.Module:
     layers: list[nn.Module] = []
-    for before, after in pairwise((channels, *config.channels)):
-        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.GroupNorm(min(8, after), after), nn.ReLU()]
+    depths = config.depths or (1,) * len(config.channels)
+    for (before, after), depth in zip(pairwise((channels, *config.channels)), depths, strict=True):
+        for width in (before, *(after,) * (depth - 1)):
+            layers += [nn.Conv2d(width, after, 3, padding=1, bias=False), nn.GroupNorm(min(8, after), after), nn.ReLU()]
         layers += [nn.MaxPool2d(2, ceil_mode=True)]
-    width = config.channels[-1] * _GRID**2
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(_GRID), nn.Flatten(), nn.Linear(width, config.dim))
+    last = nn.Linear(config.channels[-1] * config.grid**2, config.dim)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(config.grid), nn.Flatten(), last)
 
 
 def _import_module(config: ModuleConfig) -> nn.Module:
