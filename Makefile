@@ -59,6 +59,8 @@ bench: install  ## measure the claims of the README, one after another
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matching.py search
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matching.py join
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/costs.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/multimodal.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/crosslayer.py
 
 PEERS_DATA ?= sift100k photos
 peers: install  ## measure this project beside other systems on real vectors (hours; goes on where it stopped)
@@ -77,6 +79,7 @@ results: install  ## redraw docs/results from the runs that are there
 	$(BIN)/python benchmarks/draw_peers.py
 	$(BIN)/python benchmarks/draw_plan.py
 	$(BIN)/python benchmarks/draw_service.py
+	$(BIN)/python benchmarks/draw_sharing.py
 
 clean:  ## remove what was built, the virtual environment apart
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -30,8 +30,8 @@ from gsl_dist.storage import Folder
 MODELS = Path("build/bench/crosslayer")
 SIDE = 14
 RATIOS = (4, 8, 16)
-START = {"epochs": 16, "warmup_epochs": 4, "batch_size": 128, "learning_rate": 2e-3}
-ON = {"epochs": 8, "warmup_epochs": 2, "batch_size": 128, "learning_rate": 2e-3}
+START = {"epochs": 12, "warmup_epochs": 3, "batch_size": 128, "learning_rate": 2e-3}
+ON = {"epochs": 6, "warmup_epochs": 1, "batch_size": 128, "learning_rate": 2e-3}
 WHOLE = "whole network, trained on"
 ARMS: dict[str, dict[str, Any]] = {
     "layer by layer": {"method": "layerwise", "preserve": {"level": "none"}},
@@ -71,7 +71,7 @@ def settings(seed: int, fit: dict[str, Any], compress: dict[str, Any] | None) ->
         {
             "corpus": corpus("train").model_dump(),
             "output": str(MODELS / f"start-{seed}"),
-            "encoder": {"kind": "cnn", "dim": 32, "channels": [48, 48, 48], "depths": [1, 4, 4], "grid": 1},
+            "encoder": {"kind": "cnn", "dim": 32, "channels": [32, 32, 32], "depths": [1, 4, 4], "grid": 1},
             "loss": {"kind": "proxy", "temperature": 0.2},
             "quantizer": {"kind": "pq", "sub_vectors": 4, "bits": 4, "cells": 16, "residual": False},
             "snap": {"variant": "spring", "weight": 1.0, "neighbours": 16},

@@ -46,6 +46,7 @@ OTHERS = {
     "peers.md": "Beside other systems, on real vectors",
     "plan.md": "Plans for large corpora",
     "service.md": "The service under load and under attack",
+    "sharing.md": "Encoders that share weights between modalities and between layers",
 }
 FAR = 0.05
 CAUTION = (

@@ -5,7 +5,7 @@ Fashion-MNIST as shipped, at 14 x 14 pixels: of every item the left half of the 
 loss and codebook settings; they differ in how the network is shared and what it fuses. The corpora are Parquet with two
 columns of images, read as the train stage reads them; the loop is the library's own, in one process.
 
-python benchmarks/multimodal.py [--seeds 5] [--arm NAME ...]
+python benchmarks/multimodal.py [--seeds 0 1 2 3 4] [--arm NAME ...]
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(range(5)))
     parser.add_argument("--arm", nargs="*", default=list(ARMS))
     wanted = parser.parse_args()
     torch.set_num_threads(1)
     make_pairs()
     log = Log("multimodal")
-    for seed in range(wanted.seeds):
+    for seed in wanted.seeds:
         for arm in wanted.arm:
             config = settings(arm, seed)
             decided = config.model_dump(mode="json", exclude={"output", "resources", "corpus"})

@@ -173,8 +173,10 @@ def run_train(config: TrainConfig, progress: Progress = stay_quiet) -> Card:
 
 
 def _deciding(config: TrainConfig) -> dict[str, Any]:
-    # How many workers there are and where the result goes does not change what is trained.
-    return config.model_dump(mode="json", exclude={"output", "resources", "max_failures"})
+    # How many workers there are and where the result goes does not change what is trained; nor does what is not asked
+    # for, so that models made before it could be asked for are found again.
+    dumped = config.model_dump(mode="json", exclude={"output", "resources", "max_failures"})
+    return {key: value for key, value in dumped.items() if key != "compress" or value is not None}
 
 
 def _teachers(config: TrainConfig) -> list[str]:

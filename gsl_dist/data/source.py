@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as fs
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from gsl_dist.config import Location, Strict
 from gsl_dist.errors import ArtefactError, DataError
@@ -85,6 +85,12 @@ class CorpusConfig(Strict):
     )
     partial: bool = Field(default=False, description="keep items that lack some of their modalities")
     normalize: bool = Field(default=False, description="bring every vector to length 1 when it is read")
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What is not asked for is not written: what was made before it could be asked for is found again.
+        tree: dict[str, Any] = dump(self)
+        return {key: value for key, value in tree.items() if key not in ("modalities", "partial") or value}
 
     @property
     def channels(self) -> dict[str, int]:

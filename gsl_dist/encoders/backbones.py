@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,6 +66,12 @@ class CnnConfig(Strict):
         default=4, ge=1, description="places left in each direction at the end: where a thing is counts in small images"
     )
     normalize: bool = True
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What is not asked for is not written: what was made before it could be asked for is found again.
+        tree: dict[str, Any] = dump(self)
+        return {key: value for key, value in tree.items() if (key, value) not in (("depths", None), ("grid", 4))}
 
     @model_validator(mode="after")
     def _has_a_depth_for_each_stage(self) -> CnnConfig:

@@ -1,0 +1,140 @@
+"""Gives the sections of docs/results/encoders.md on networks that share weights: between modalities, between layers.
+
+Each takes the file of finished runs and gives lines. Alone, this writes them to docs/results/sharing.md.
+
+python benchmarks/draw_sharing.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from draw_results import describe_difference
+from record import RESULTS
+
+from gsl_dist.storage import Folder
+
+DOCS = Path(__file__).parent.parent / "docs" / "results"
+OPENING = """Drawn by `make results`; what the methods are, and whose, is in [multimodal.md](../multimodal.md) and
+[crosslayer.md](../crosslayer.md). Mean and standard deviation over seeds; differences are paired by seed, with the 95%
+interval of Student's t, bold where it leaves out zero.
+"""
+MODALITIES = """Fashion-MNIST as shipped at 14 x 14 pixels: of every item the left half of the picture and the right
+half of its edges, with noise; 4,000 items to learn from, 7,000 in the database, 1,000 queries, 16 bits an item. Equal
+rows, steps and settings, 16 epochs. The last arm is wider, to have as many parameters as two networks.
+"""
+ONE = """## Searching with one modality
+
+The same networks, where they do with one; coded mAP, codebook and codes as above. In both: one modality asks, the
+database holds whole items. Across: it asks a database that has the other modality alone.
+"""
+LAYERS = """A plain network of nine convolutions, eight of one shape, on Fashion-MNIST as shipped at 14 x 14 pixels,
+trained for 12 epochs, compressed and trained on for 6; 4,000 images to learn from, 7,000 in the database, 1,000
+queries, 16 bits an item. The ratio is of the whole encoder, with the first and the last layer as they were. Start: the
+share of queries whose nearest training image is of their class, before the network was trained on.
+"""
+BASES = ("two networks", "shared, normalization private")
+LAYERWISE = {"common and unique": "layer by layer", "common and unique, similarity": "layer by layer, similarity"}
+LAYERWISE |= {"common only, similarity": "layer by layer, similarity"}
+Arm = dict[int, dict[str, Any]]
+"""The runs of one arm, by seed."""
+
+
+def main() -> None:
+    found = {name: RESULTS / name for name in SECTIONS if (RESULTS / name).exists()}
+    lines = ["# Encoders that share weights\n", OPENING]
+    for name, path in found.items():
+        lines += SECTIONS[name](path)
+    if found:
+        Folder(DOCS).write_bytes("sharing.md", "\n".join(lines).encode())
+
+
+def show_modalities(path: Path) -> list[str]:
+    """Give the lines on one network for two modalities."""
+    arms: dict[str, Arm] = defaultdict(dict)
+    for run in read(path):
+        arms[run["arm"]][run["seed"]] = run
+    lines = ["## One network for two modalities\n", f"`benchmarks/multimodal.py`, {show_commits(arms)}. {MODALITIES}"]
+    head = ["network", "parameters", "coded mAP", *(f"minus {base}" for base in BASES), "quantization error", "seeds"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm, runs in arms.items():
+        cells = [arm, f"{first(runs)['parameters']:,}", describe([run["map"] for run in runs.values()])]
+        cells += [show_pairs(runs, arms.get(base, {}), "map") for base in BASES]
+        cells += [describe([run["error"] for run in runs.values()], 3), str(len(runs))]
+        lines.append(f"| {' | '.join(cells)} |")
+    asked = {"map_image_in_both": "image in both", "map_edges_in_both": "edges in both"}
+    asked |= {"map_image_across": "image across", "map_edges_across": "edges across"}
+    lines += ["", ONE, f"| network | {' | '.join(asked.values())} |", "|---" * 5 + "|"]
+    for arm, runs in arms.items():
+        if "map_image_across" in first(runs):
+            cells = [describe([run[name] for run in runs.values()], 3) for name in asked]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def show_layers(path: Path) -> list[str]:
+    """Give the lines on compression across layers."""
+    tables: dict[int, dict[str, Arm]] = defaultdict(lambda: defaultdict(dict))
+    for run in read(path):
+        tables[run["ratio"]][run["arm"]][run["seed"]] = run
+    if 1 not in tables:
+        return []
+    [(whole, control)] = tables.pop(1).items()
+    steps = first(control)["steps"]
+    lines = ["## MICIK-style compression across layers\n"]
+    lines += [f"`benchmarks/crosslayer.py`, {show_commits({whole: control})}; {steps} steps of training on. {LAYERS}"]
+    head = ["fewer", "weights", "parameters", "file", "start", "accuracy", "coded mAP", "mAP minus layer by layer"]
+    head += ["mAP minus the whole network", "seeds"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines.append(f"| | {whole} | {show_layer_run(control)} | | | {len(control)} |")
+    for ratio, arms in sorted(tables.items()):
+        for arm, runs in arms.items():
+            base = arms.get(LAYERWISE.get(arm, ""), {})
+            pairs = [show_pairs(runs, others, "map") for others in (base, control)]
+            lines.append(f"| {ratio}x | {arm} | {show_layer_run(runs)} | {' | '.join(pairs)} | {len(runs)} |")
+    return [*lines, ""]
+
+
+def show_layer_run(runs: Arm) -> str:
+    """Give the cells of parameters, bytes, start, accuracy and mAP."""
+    cells = [f"{first(runs)['parameters']:,}", f"{first(runs)['bytes']:,} B"]
+    cells.append(describe([run["accuracy_start"] for run in runs.values()], 3))
+    return " | ".join([*cells, *(describe([run[name] for run in runs.values()]) for name in ("accuracy", "map"))])
+
+
+def show_pairs(runs: Arm, others: Arm, figure: str) -> str:
+    """Give a difference paired by seed; nothing of an arm with itself."""
+    seeds = sorted(runs.keys() & others.keys())
+    return "" if runs is others else describe_difference([runs[s][figure] - others[s][figure] for s in seeds], 4)
+
+
+def show_commits(arms: dict[str, Arm]) -> str:
+    return "commits " + ", ".join(sorted({run["commit"] for runs in arms.values() for run in runs.values()}))
+
+
+def describe(values: list[float], digits: int = 4) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def first(runs: Arm) -> dict[str, Any]:
+    return next(iter(runs.values()))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+SECTIONS: dict[str, Callable[[Path], list[str]]] = {
+    "multimodal.jsonl": show_modalities,
+    "crosslayer.jsonl": show_layers,
+}
+
+
+if __name__ == "__main__":
+    main()
