@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 import torch
 from corpora import write_pairs
 from PIL import Image
+from typer.testing import CliRunner
 
+from gsl_dist.cli import app
 from gsl_dist.client import Client
 from gsl_dist.cluster.build import BuildConfig, run_build
 from gsl_dist.cluster.codebook import CodebookConfig, run_codebook
@@ -22,7 +25,7 @@ from gsl_dist.cluster.serve import ServeConfig, serve, stop_service
 from gsl_dist.cluster.train import EpochBatches, TrainConfig, TrainingSet, make_training, plan, run_train
 from gsl_dist.config import check_config
 from gsl_dist.data import CorpusConfig, open_corpus
-from gsl_dist.errors import ConfigError, DataError, QueryError
+from gsl_dist.errors import BadInput, ConfigError, DataError, QueryError
 from gsl_dist.fit import embed, fit
 from gsl_dist.index.manifest import open_version
 from gsl_dist.index.search import open_searcher
@@ -252,6 +255,21 @@ def test_the_service_takes_items_by_the_names_of_their_modalities(world):
                 client.search(items=[{"image": b"no picture"}])
     finally:
         stop_service()
+
+
+@pytest.mark.ray
+def test_the_command_line_takes_a_file_for_each_modality(world):
+    row = pq.read_table(world / "queries.parquet").to_pylist()[0]
+    for name in NAMES:
+        (world / f"{name}.png").write_bytes(row[name])
+    runner, index = CliRunner(), str(world / "index")
+    asked = f"image={world}/image.png,edges={world}/edges.png"
+    shown = runner.invoke(app, ["search", index, asked, "-k", "5", "--json"])
+    manifest = open_version(Folder(index))
+    vector = QueryEncoder(index, manifest).encode([{name: row[name] for name in NAMES}])
+    assert json.loads(shown.output)["ids"] == open_searcher(index).search(vector, 5).ids.tolist()
+    refused = runner.invoke(app, ["search", index, f"image={world}/none.png"])
+    assert isinstance(refused.exception, BadInput) and "must be a readable file" in str(refused.exception)
 
 
 def test_queries_are_files_or_numbers_of_every_modality_that_the_encoder_needs(tmp_path):
