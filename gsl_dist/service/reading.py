@@ -241,7 +241,8 @@ def _read_ids(given: Any, limits: Limits) -> NDArray[np.int64]:
 def _read_item(item: Any, place: int) -> Any:
     """Give a raw item: the bytes of a file in base64, numbers in lists, or an object with either for each modality."""
     if isinstance(item, dict):
-        return {name: _read_part(part, f"items[{place}].{name}") for name, part in item.items()}
+        named = {name: part for name, part in item.items() if part is not None}
+        return {name: _read_part(part, f"items[{place}].{name}") for name, part in named.items()}
     return _read_part(item, f"items[{place}]")
 
 

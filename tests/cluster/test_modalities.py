@@ -294,5 +294,6 @@ def test_base64_of_each_modality_is_what_a_request_carries():
 
     read = _read_item({"image": base64.b64encode(b"abc").decode(), "edges": [[1, 2]]}, 0)
     assert read["image"] == b"abc" and read["edges"].tolist() == [[1, 2]]
+    assert _read_item({"image": None, "edges": [[1, 2]]}, 0).keys() == {"edges"}
     with pytest.raises(QueryError, match=r"items\[4\].edges: .*it must be a file in base64"):
         _read_item({"edges": 3}, 4)
