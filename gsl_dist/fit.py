@@ -6,6 +6,9 @@ the codewords. After the last epoch the codebook settles: it is refined once mor
 will give from then on. That is the codebook that the network landed on. A network that was trained with dropout
 spreads the rows it learned from less than others; with `views`, the codebook settles on what dropout makes of them.
 
+A network for several modalities gives a view of its items by each, and one of the whole: the loss is the sum over all.
+`further` terms may stand beside it, such as those that hold a compressed network to the one that it was made of.
+
 `fit` takes an iterable of batches an epoch and two callables; it knows neither files, nor Ray, nor how many workers
 there are. In a process group every worker sees its rows of each batch, the loss sees all of them, and gradients are
 summed: any number of workers takes the same steps at an equal global batch.
