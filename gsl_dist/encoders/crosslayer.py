@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -170,7 +170,7 @@ def plan_compression(encoder: Encoder, config: CompressConfig) -> Plan:
     if not shapes:
         wanted = f"no two layers between the first and the last have one shape ({_show(whole)}): give stages the same "
         raise ConfigError("compress.ratio", config.ratio, wanted + "widths, or set compress.lone to factor")
-    groups = [_start_group(config, layers, *matrix) for matrix, layers in shapes]
+    groups = [_start_group(layers, *matrix) for matrix, shape in shapes for layers in _part_layers(config, shape)]
     shared = sum(len(group.layers) * group.rows * group.columns for group in groups)
     room = int(before / config.ratio) - (before - shared)
     least = sum(group.parameters for group in groups)
@@ -184,8 +184,7 @@ def plan_compression(encoder: Encoder, config: CompressConfig) -> Plan:
         raise ConfigError("compress.ratio", config.ratio, allowed)
     share = {id(group): len(group.layers) * group.rows * group.columns / shared for group in groups}
     grown = [_fill_group(config, group, int(room * share[id(group)])) for group in groups]
-    spent = sum(group.parameters for group in grown)
-    grown = [*_spend_rest(config, grown, room - spent)]
+    grown = _settle_rest(grown, room - sum(group.parameters for group in grown))
     return Plan(groups=tuple(grown), before=before, after=before - shared + sum(group.parameters for group in grown))
 
 
@@ -320,8 +319,13 @@ def _group_layers(
     return shapes, {name: size for name, size in sizes.items() if name not in inside}
 
 
-def _start_group(config: CompressConfig, layers: list[str], rows: int, columns: int) -> Group:
-    alone = config.method == "layerwise" or len(layers) == 1
+def _part_layers(config: CompressConfig, layers: list[str]) -> list[list[str]]:
+    # Alone, each layer has a rank of its own, so that no parameter is lost to one rank for all.
+    return [layers] if config.method == "crosslayer" else [[name] for name in layers]
+
+
+def _start_group(layers: list[str], rows: int, columns: int) -> Group:
+    alone = len(layers) == 1
     return Group(layers=tuple(layers), rows=rows, columns=columns, common=int(not alone), unique=int(alone))
 
 
@@ -336,14 +340,33 @@ def _fill_group(config: CompressConfig, group: Group, room: int) -> Group:
     return group.model_copy(update={"common": common, "unique": unique})
 
 
-def _spend_rest(config: CompressConfig, groups: list[Group], rest: int) -> Iterator[Group]:
-    """Give what divisions left over, or take back what a column at least took too much, group by group."""
-    for group in sorted(groups, key=lambda group: -group.common_cost):
-        part, cost = ("common", group.common_cost) if group.common else ("unique", group.unique_cost)
-        now, most = getattr(group, part), group.most[0 if group.common else 1]
-        number = max(1, min(most, now + rest // cost))
-        rest -= (number - now) * cost
-        yield group.model_copy(update={part: number})
+def _settle_rest(groups: list[Group], rest: int) -> list[Group]:
+    """Spend what divisions left over, a column at a time in turn; take back what the least of columns took too much."""
+    grown = list(groups)
+    while rest < 0:
+        place = max(range(len(grown)), key=lambda place: _columns(grown[place]))
+        rest += _cost(grown[place])
+        grown[place] = _grow(grown[place], -1)
+    while True:
+        before = rest
+        for place, group in enumerate(grown):
+            if _cost(group) <= rest and _columns(group) < group.most[0 if group.common else 1]:
+                grown[place] = _grow(group, 1)
+                rest -= _cost(group)
+        if rest == before:
+            return grown
+
+
+def _columns(group: Group) -> int:
+    return group.common or group.unique
+
+
+def _cost(group: Group) -> int:
+    return group.common_cost if group.common else group.unique_cost
+
+
+def _grow(group: Group, by: int) -> Group:
+    return group.model_copy(update={"common" if group.common else "unique": _columns(group) + by})
 
 
 def _start_factors(factored: list[Factored], common: nn.Parameter | None, weights_PQ: list[Tensor]) -> None:

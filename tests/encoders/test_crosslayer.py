@@ -70,6 +70,10 @@ def test_a_plan_meets_its_ratio_and_counts_what_the_network_then_has(config, sha
         by_hand += group.common * group.rows + layers * group.common * group.columns
         by_hand += layers * group.unique * (group.rows + group.columns)
         assert (group.common == 0) == (method == "layerwise") and (share > 0 or group.unique * group.common == 0)
+    if method == "layerwise":  # ranks differ by one at most: nothing is lost to one rank for all
+        assert {len(group.layers) for group in plan.groups} == {1}
+        assert max(group.unique for group in plan.groups) - min(group.unique for group in plan.groups) <= 1
+        assert plan.before / ratio - plan.after < plan.groups[0].unique_cost
     weights = sum(teacher.get_submodule(name).weight.numel() for group in plan.groups for name in group.layers)
     assert plan.after == plan.before - weights + by_hand
 
