@@ -57,7 +57,8 @@ from gsl_dist.service.reading import (
     read_word,
     read_writes,
 )
-from gsl_dist.service.router import Router, Served
+from gsl_dist.service.router import Router
+from gsl_dist.service.served import Served
 from gsl_dist.wire import HITS_TYPE, QUERY_TYPE, pack_hits, pack_table
 
 _log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from gsl_dist.hits import FAR, NO_ID, Effort, Hits
 from gsl_dist.index.manifest import Manifest
 from gsl_dist.index.search import MAX_K, check_queries
 from gsl_dist.service.reading import Question
-from gsl_dist.service.router import Served
+from gsl_dist.service.served import Served
 
 Encode = Callable[[Manifest, list[Any]], Awaitable[FloatArray]]
 """Gives the vectors of raw items by the encoder of a version."""
