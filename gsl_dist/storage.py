@@ -30,7 +30,7 @@ import pyarrow.fs as fs
 from gsl_dist.cache import CHUNK_BYTES, Cache, fetch_whole
 from gsl_dist.cache import FileEntry as FileEntry
 from gsl_dist.config import resolve_location
-from gsl_dist.errors import ArtefactError
+from gsl_dist.errors import ArtefactError, BadInput
 
 T = TypeVar("T")
 
@@ -50,7 +50,11 @@ class Folder:
 
     def __init__(self, location: str | os.PathLike[str], cache: Cache | None = None) -> None:
         self.location, self.cache = resolve_location(os.fspath(location)), cache
-        self._fs, self._base = find_store(self.location)
+        try:
+            self._fs, self._base = find_store(self.location)
+        except pa.ArrowInvalid as error:
+            allowed = f"it must be a path, or a URI that pyarrow.fs understands ({str(error).splitlines()[0]})"
+            raise BadInput("path", self.location, allowed) from error
         self.is_local = isinstance(self._fs, fs.LocalFileSystem)
 
     def __repr__(self) -> str:

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("moto")
@@ -15,7 +17,9 @@ from stores import Faults, name_place, start_store
 
 from gsl_dist import storage
 from gsl_dist.cache import Cache, FileEntry
-from gsl_dist.errors import ArtefactError
+from gsl_dist.config import check_config
+from gsl_dist.data import CorpusConfig, open_corpus
+from gsl_dist.errors import ArtefactError, BadInput
 from gsl_dist.storage import Folder, split_location
 
 pytestmark = pytest.mark.timeout(120)
@@ -129,6 +133,44 @@ def test_a_location_keeps_its_options_behind_its_path():
     assert folder.child("b").store[1] == "bucket/a/b"
     parent, name = split_location(location)
     assert (name, parent.store[1]) == ("a", "bucket") and parent.location.endswith("&region=x")
+
+
+def write_corpora(place):
+    """The same vectors in every format that is read in parts."""
+    vectors = np.random.default_rng(1).normal(size=(5000, 16)).astype(np.float32)
+    table = pa.table(
+        {"id": np.arange(5000), "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 16)}
+    )
+    pq.write_table(table, place / "parquet.parquet", row_group_size=700)
+    with pa.ipc.new_file(place / "arrow.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=700)
+    np.save(place / "npy.npy", vectors)
+    dims = np.full((5000, 1), 16, np.int32).view(np.float32)
+    np.hstack([dims, vectors]).tofile(place / "fvecs.fvecs")
+
+
+@pytest.mark.parametrize("name", ["parquet.parquet", "arrow.arrow", "npy.npy", "fvecs.fvecs"])
+def test_a_corpus_in_a_store_that_fails_is_read_as_on_a_disk(proxy, folder, tmp_path, name):
+    write_corpora(tmp_path)
+    folder.write_bytes(name, (tmp_path / name).read_bytes())
+    columns = {"id_column": "id", "vector_column": "vector"} if name[0] in "pa" else {}
+    near, far = (
+        open_corpus(check_config(CorpusConfig, {"path": place.path(name), **columns}))
+        for place in (Folder(tmp_path), folder)
+    )
+    proxy.faults = Faults(refused=0.03, dropped=0.05, cut=0.1, seed=2)
+    for (start, stop), rows in (((0, 5000), 900), ((1234, 1900), 100)):
+        read = [np.concatenate([b.items for b in each.read(start, stop, batch_rows=rows)]) for each in (near, far)]
+        assert np.array_equal(*read)
+    chosen = np.array([3, 4, 700, 4999])
+    assert np.array_equal(near.take(chosen).items, far.take(chosen).items)
+    assert sum(proxy.faults.met.values()) > 0
+
+
+@pytest.mark.parametrize("location", ["s3://bucket/a[1]", "ftp://host/a"])
+def test_a_location_that_names_no_store_is_refused(location):
+    with pytest.raises(BadInput, match=r"it must be a path, or a URI that pyarrow\.fs understands"):
+        Folder(location)
 
 
 def read_held(folder, entry):

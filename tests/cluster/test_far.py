@@ -39,7 +39,7 @@ def store():
 @pytest.fixture
 def far(store, request):
     store.faults, store.asked = Faults(), []
-    yield name_place(store, request.node.name)
+    yield name_place(store, request.node.name.replace("[", "-").rstrip("]"))
     store.faults = Faults()
 
 
@@ -128,13 +128,13 @@ def test_a_service_started_again_fetches_no_shard_that_its_cache_has(ray_session
     tree = {"index": join_location(far, "index"), "replicas": 2, "port": port, "serve_port": serve_port}
     tree |= {"cache": {"folder": str(tmp_path / "cache")}, "resources": {"cpus": 0.5}}
     queries, answers = np.random.default_rng(2).normal(size=(10, 16)).astype(np.float32), []
-    wanted = open_searcher(tree["index"]).search(queries, 5, probes=4).ids
+    wanted = open_searcher(tree["index"]).search(queries, 5, probes=4, refine=1).ids
     for round_ in range(2):
         store.asked.clear()
         try:
             service = run_serve(check_config(ServeConfig, tree))
             with Client(service["url"]) as client:
-                answers.append(client.search(queries, k=5, probes=4).ids)
+                answers.append(client.search(queries, k=5, probes=4, refine=1).ids)
         finally:
             stop_service()
         assert (count_fetched(store) > 0) == (round_ == 0)
