@@ -200,7 +200,7 @@ def search(  # noqa: PLR0913 - the options of a command
     target: Annotated[str, typer.Argument(metavar="TARGET", help="an index folder, or the URL of a service")],
     query: Annotated[
         Path,
-        typer.Argument(metavar="QUERY", help=".npy or .fvecs with vectors, an image, or one a modality: a=FILE,b=FILE"),
+        typer.Argument(metavar="QUERY", help=".npy, .fvecs, an image, or a=FILE,b=FILE"),
     ],
     k: Annotated[int, typer.Option("-k", help="neighbours for each query")] = 10,
     probes: Annotated[
@@ -218,7 +218,7 @@ def search(  # noqa: PLR0913 - the options of a command
     version: Annotated[str | None, typer.Option(help="a version of the folder; by default the promoted one")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Search a version for the neighbours of a vector file, an image, or an item of several modalities.
+    """Search a version for neighbours of vectors, of an image, or of modalities.
 
     An image passes through the encoder of the version; a service has one if it was started with `encoder=true`.
 

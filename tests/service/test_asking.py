@@ -169,7 +169,7 @@ def good(**changes):
         ({"ids": [True]}, 400, "ids"),
         ({"ids": [10**9]}, 404, "ids"),
         ({"items": ["no base64!"]}, 400, "items[0]"),
-        ({"items": [{"a": 1}]}, 400, "items[0]"),
+        ({"items": [{"a": 1}]}, 400, "items[0].a"),
         ({"items": [[0.5] * 16]}, 400, "items"),
     ],
 )
