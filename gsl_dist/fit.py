@@ -9,6 +9,9 @@ spreads the rows it learned from less than others; with `views`, the codebook se
 A network for several modalities gives a view of its items by each, and one of the whole: the loss is the sum over all.
 `further` terms may stand beside it, such as those that hold a compressed network to the one that it was made of.
 
+A network that becomes low-bit does so in stages, each the whole schedule of learning rates with a new optimizer. The
+codebook goes on through them, refitted as before, and settles when the last weight is quantized.
+
 `fit` takes an iterable of batches an epoch and two callables; it knows neither files, nor Ray, nor how many workers
 there are. In a process group every worker sees its rows of each batch, the loss sees all of them, and gradients are
 summed: any number of workers takes the same steps at an equal global batch.
@@ -18,6 +21,7 @@ summed: any number of workers takes the same steps at an equal global batch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -31,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Strict
-from gsl_dist.encoders import Encoder, Views
+from gsl_dist.encoders import Encoder, Progression, Stage, Views
 from gsl_dist.errors import GslError
 from gsl_dist.losses import SimilarityLoss
 from gsl_dist.quantizers import Trained
@@ -79,7 +83,10 @@ class FitConfig(Strict):
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch did; `quantization_error` is relative to the variance, None in warm-up epochs."""
+    """What one epoch did; `quantization_error` is relative to the variance, None in warm-up epochs.
+
+    `stage` counts from 1, and `ratio` is the share of the weights that was quantized; None where none ever is.
+    """
 
     epoch: int
     phase: str
@@ -88,6 +95,8 @@ class EpochRecord:
     fallback_rate: float | None = None
     cosine: float | None = None
     energy: float | None = None
+    stage: int | None = None
+    ratio: float | None = None
 
 
 class Diverged(GslError):  # noqa: N818
@@ -123,12 +132,19 @@ class Training:
     codebook: Codebook | None = None
     history: list[EpochRecord] = field(default_factory=list)
     further: Further | None = None
+    progression: Progression | None = None
 
     def __post_init__(self) -> None:
         self.encoder.to(self.device)
         self.loss.to(self.device)
         if self.further is not None:
             self.further.teacher.to(self.device)
+        epochs = self.config.epochs
+        self.stages = self.progression.plan_stages(epochs) if self.progression else [Stage(0.0, epochs)]
+        self.start_optimizer()
+
+    def start_optimizer(self) -> None:
+        """Take a new optimizer, which knows nothing of the steps before."""
         groups = [{"params": list(self.encoder.parameters()), "lr": self.config.learning_rate}]
         if extra := list(self.loss.parameters()):
             groups.append({"params": extra, "lr": self.config.proxy_learning_rate})
@@ -139,6 +155,29 @@ class Training:
     def epoch(self) -> int:
         """Give the number of epochs that are done."""
         return len(self.history)
+
+    @property
+    def epochs(self) -> int:
+        """Give the number of epochs of all stages."""
+        return sum(stage.epochs for stage in self.stages)
+
+    def find_stage(self, epoch: int) -> tuple[int, int]:
+        """Give the stage that an epoch lies in, from 0, and how many of its epochs come before."""
+        for number, stage in enumerate(self.stages):
+            if epoch < stage.epochs:
+                return number, epoch
+            epoch -= stage.epochs
+        return len(self.stages) - 1, self.stages[-1].epochs
+
+    def begin_epoch(self) -> None:
+        """Enter the stage that begins here, if one does, and draw what its first step quantizes."""
+        if self.progression is None:
+            return
+        number, done = self.find_stage(self.epoch)
+        if done == 0:
+            self.progression.enter(self.stages[number].ratio)
+            self.start_optimizer()
+        self.progression.draw(self.epoch, 0)
 
     def state(self) -> dict[str, Any]:
         """Give all that is needed to go on from here, as tensors and plain values."""
@@ -163,9 +202,12 @@ class Training:
         if state["codebook"]:
             arrays = {name: array.numpy() for name, array in state["codebook"].items()}
             self.codebook = Codebook(**arrays, **state["codebook_flags"])
+        if self.progression and self.history:
+            last = self.stages[-1].ratio if self.epoch == self.epochs else self.history[-1].ratio
+            self.progression.go_on(last or 0.0)
 
     def set_rates(self, step: float) -> None:
-        """Set the learning rates for a place in the run, from 0 to 1: half a cosine down to zero."""
+        """Set the learning rates for a place in the stage, from 0 to 1: half a cosine down to zero."""
         for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = base * 0.5 * (1 + math.cos(math.pi * step))
 
@@ -176,7 +218,7 @@ def fit(
     refresh: Refresh,
     on_epoch: Callable[[Training], None] = lambda training: None,
 ) -> None:
-    """Train until `config.epochs` are done, from wherever `training` stands.
+    """Train until the epochs of all stages are done, from wherever `training` stands.
 
     Args:
         training: the network, the loss, the snapping layer and how far they are.
@@ -190,19 +232,21 @@ def fit(
     config = training.config
     network = _distribute(training.encoder)
     training.snapping.workers = dist.get_world_size() if _is_group() else 1
-    while training.epoch < config.epochs:
+    while training.epoch < training.epochs:
+        training.begin_epoch()
         snapping_epoch = training.epoch - config.warmup_epochs
         error = None
         if snapping_epoch >= 0 and snapping_epoch % config.refresh_epochs == 0:
-            trained = refresh(training)
+            trained = _refit(training, refresh)
             training.codebook, error = trained.codebook, trained.relative_error
         training.snapping.set_codebook(training.codebook if snapping_epoch >= 0 else None)
         loss = _run_epoch(training, network, batches(training.epoch))
         training.history.append(_record(training, loss, error))
         if not math.isfinite(loss):
             raise Diverged(training.epoch - 1)
-        if training.epoch == config.epochs:
-            training.codebook = refresh(training).codebook
+        if training.epoch == training.epochs:
+            training.begin_epoch()  # a stage without epochs quantizes what is left
+            training.codebook = _refit(training, refresh).codebook
         on_epoch(training)
 
 
@@ -252,13 +296,21 @@ class _GatherRows(torch.autograd.Function):
         return grad[dist.get_rank() * ctx.rows :][: ctx.rows]
 
 
+def _refit(training: Training, refresh: Refresh) -> Trained:
+    with training.progression.look() if training.progression else contextlib.nullcontext():
+        return refresh(training)
+
+
 def _run_epoch(training: Training, network: nn.Module, batches: Iterable[Batch]) -> float:
     training.encoder.train()
     training.snapping.train()
     total, steps = 0.0, 0
     planned = list(batches) if not hasattr(batches, "__len__") else batches
+    number, done = training.find_stage(training.epoch)
     for step, (items, labels_N) in enumerate(planned):
-        training.set_rates((training.epoch + step / len(planned)) / training.config.epochs)  # type: ignore[arg-type]
+        training.set_rates((done + step / len(planned)) / training.stages[number].epochs)  # type: ignore[arg-type]
+        if training.progression:
+            training.progression.draw(training.epoch, step)
         total, steps = total + _take_step(training, network, items, labels_N), steps + 1
     return total / max(1, steps)
 
@@ -276,6 +328,8 @@ def _take_step(training: Training, network: nn.Module, items: Tensor, labels_N: 
     training.optimizer.zero_grad()
     loss.backward()
     training.optimizer.step()
+    if training.progression:
+        training.progression.restore()
     return float(loss.detach())
 
 
@@ -302,6 +356,9 @@ def _record(training: Training, loss: float, error: float | None) -> EpochRecord
     health = training.snapping.take_health()
     phase = "warm-up" if training.epoch < training.config.warmup_epochs else "snap"
     figures = asdict(health) if health else {}
+    if training.progression:
+        number, _ = training.find_stage(training.epoch)
+        figures |= {"stage": number + 1, "ratio": training.stages[number].ratio}
     return EpochRecord(training.epoch, phase, loss, error, **figures)
 
 

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from gsl_dist.artefact import Card, find_finished, load_codebook, open_card, publish_card
 from gsl_dist.cluster.codebook import check_lengths
-from gsl_dist.cluster.model import check_modalities, load_encoder, pick_device
+from gsl_dist.cluster.model import check_modalities, load_encoder, pick_device, tell_path
 from gsl_dist.cluster.session import Progress, run_tasks, start_session, stay_quiet
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
@@ -288,6 +288,7 @@ def _publish(config: EncodeConfig, codebook: Codebook, folder: Folder, made_by: 
         "rejects": sum(note.rejects for note in notes),
         "shards": [{"name": note.name, "rows": note.rows} for note in notes],
         "payload_columns": list(config.corpus.payload_columns),
+        "encoder_path": tell_path(config.model) if config.model else None,
     }
     files = [entry for note in notes for entry in (note.codes, note.rejects_file) if entry]
     dumped = json.loads(config.model_dump_json())

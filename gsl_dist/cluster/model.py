@@ -1,7 +1,13 @@
-"""A trained encoder on disk: weights in safetensors, and a card that says how to build the network again."""
+"""A trained encoder on disk: weights in safetensors, and a card that says how to build the network again.
+
+Low-bit weights lie there as codes and are decoded when they are read, to the same numbers that the network was trained
+to; from then on it computes in float32. No kernel for weights of so few bits comes with torch: what they save is bytes
+to keep and to ship, not time.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -15,6 +21,8 @@ from gsl_dist.codebook import Codebook
 from gsl_dist.data import CorpusConfig, ModalityConfig
 from gsl_dist.encoders import Encoder, EncoderConfig, FusedEncoder, make_encoder
 from gsl_dist.encoders.crosslayer import Plan, factor_layers
+from gsl_dist.encoders.lowbit import export_weights
+from gsl_dist.encoders.packed import count_bytes, read_packed, unpack_weights
 from gsl_dist.errors import ArtefactError, ConfigError
 from gsl_dist.storage import Folder
 
@@ -40,9 +48,14 @@ def save_model(
         made_by: the hash of settings and inputs.
         config: the train config; its `encoder` rebuilds the network.
         facts: at least `item_shape`.
+
+    Raises:
+        ConfigError: a layer of the encoder is quantized in part.
     """
-    weights = {name: tensor.contiguous().cpu() for name, tensor in encoder.state_dict().items()}
-    folder.write_bytes(WEIGHTS, save_tensors(weights))
+    tensors, header = export_weights(encoder)
+    folder.write_bytes(WEIGHTS, save_tensors(tensors, metadata=header or None))
+    if header:
+        facts = facts | {"encoder_bytes": folder.size(WEIGHTS)} | count_bytes(tensors, header)
     names = [WEIGHTS]
     if codebook is not None:
         codebook.save(folder, CODEBOOK)
@@ -65,8 +78,9 @@ def load_encoder(location: str) -> tuple[Encoder, Card]:
     if "compressed" in card.facts:
         factor_layers(encoder, Plan.model_validate(card.facts["compressed"]), start=False)
     try:
-        encoder.load_state_dict(load_tensors(folder.read_bytes(WEIGHTS)))
-    except (SafetensorError, RuntimeError) as error:
+        content = folder.read_bytes(WEIGHTS)
+        encoder.load_state_dict(unpack_weights(load_tensors(content), _read_header(content)))
+    except (SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise ArtefactError(folder.path(WEIGHTS), f"the weights do not fit the network ({error})") from error
     return encoder.eval(), card
 
@@ -109,6 +123,19 @@ def load_trained_codebook(location: str) -> Codebook:
     if "codebook_fingerprint" not in card.facts:
         raise ArtefactError(folder.path(), "this network was trained without snapping and has no codebook of its own")
     return Codebook.load(folder, CODEBOOK)
+
+
+def tell_path(location: str) -> str:
+    """Tell how the weights of a trained encoder get from its file to where they are computed with."""
+    kinds = {entry["kind"] for entry in read_packed(_read_header(Folder(location).read_bytes(WEIGHTS))).values()}
+    return f"{' and '.join(sorted(kinds))} weights, decoded to float32 when read" if kinds else "float32"
+
+
+def _read_header(content: bytes) -> dict[str, str]:
+    """Give what a safetensors file says of itself."""
+    length = int.from_bytes(content[:8], "little")
+    header: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return header
 
 
 def pick_device(gpus: float) -> torch.device:

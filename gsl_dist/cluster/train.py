@@ -2,7 +2,8 @@
 
 Every worker draws the same plan of batches and takes its slice. The training set lies once on each node, in Ray's
 object store. After each epoch a checkpoint holds network, optimizer, codebook, history and random state; a killed
-worker costs at most the epoch it was in. When the last epoch is done the driver publishes the model folder.
+worker costs at most the epoch it was in. When the last epoch is done the driver publishes the model folder, with codes
+for weights where they became low-bit.
 
 A corpus of vectors needs no labels if the loss is that of neighbours: one task finds the true neighbours of the rows to
 learn from, before the workers start, and they travel with the training set.
@@ -37,7 +38,18 @@ from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_q
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import Corpus, CorpusConfig, open_corpus
-from gsl_dist.encoders import EncoderConfig, FusedEncoder, FusionConfig, Head, TableConfig, make_encoder
+from gsl_dist.encoders import (
+    Encoder,
+    EncoderConfig,
+    FusedEncoder,
+    FusionConfig,
+    Head,
+    LowbitConfig,
+    Progression,
+    Stage,
+    TableConfig,
+    make_encoder,
+)
 from gsl_dist.encoders.crosslayer import CompressConfig
 from gsl_dist.errors import ConfigError, DataError, GslError
 from gsl_dist.fit import Batch, Diverged, FitConfig, Training, embed, fit
@@ -63,6 +75,7 @@ class TrainConfig(Strict):
     lloyd: LloydConfig = LloydConfig()
     snap: SnapConfig = SnapConfig()
     fit: FitConfig = FitConfig()
+    lowbit: LowbitConfig | None = Field(default=None, description="quantize the weights by stages; None: stay float")
     ranked: RankedConfig | None = Field(default=None, description="teach the last codebook to rank; None: leave it")
     compress: CompressConfig | None = Field(
         default=None, description="begin with a trained network, compressed across layers; None: with a new one"
@@ -176,7 +189,8 @@ def _deciding(config: TrainConfig) -> dict[str, Any]:
     # How many workers there are and where the result goes does not change what is trained; nor does what is not asked
     # for, so that models made before it could be asked for are found again.
     dumped = config.model_dump(mode="json", exclude={"output", "resources", "max_failures"})
-    return {key: value for key, value in dumped.items() if key != "compress" or value is not None}
+    late = ("compress", "lowbit")
+    return {key: value for key, value in dumped.items() if key not in late or value is not None}
 
 
 def _teachers(config: TrainConfig) -> list[str]:
@@ -196,7 +210,10 @@ def _check_settings(config: TrainConfig, corpus: Corpus) -> None:
     if isinstance(encoder, FusedEncoder):
         _check_modalities(config.corpus, encoder)
     if config.compress:
+        if config.lowbit:
+            raise ConfigError("lowbit", config.lowbit.kind, "a network compressed across layers shares weights: leave it")
         plan_model(config.compress, config.encoder, corpus.item_shape)
+    _lead(encoder, config)
     check_rows(corpus.rows, config.lloyd, make_quantizer(config.quantizer, encoder.dim))
 
 
@@ -311,14 +328,17 @@ def _train(config: TrainConfig, rows: Any, folder: Folder, made_by: str, progres
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    with watch_remarks(coordinator, lambda record: _draw_epoch(record, config.fit.epochs, progress)):
+    stages = config.lowbit.plan_stages(config.fit.epochs) if config.lowbit else [Stage(0.0, config.fit.epochs)]
+    with watch_remarks(coordinator, lambda record: _draw_epoch(record, stages, progress)):
         return trainer.fit()
 
 
-def _draw_epoch(record: dict[str, Any], epochs: int, progress: Progress) -> None:
+def _draw_epoch(record: dict[str, Any], stages: list[Stage], progress: Progress) -> None:
     error = record["quantization_error"]
     remark = f"loss {record['loss']:.3f}" + (f", quantization error {error:.3f}" if error is not None else "")
-    progress(record["phase"], record["epoch"] + 1, epochs, remark)
+    if record["stage"] is not None:
+        remark += f", stage {record['stage']} of {len(stages)}, {record['ratio']:.1%} of the weights low-bit"
+    progress(record["phase"], record["epoch"] + 1, sum(stage.epochs for stage in stages), remark)
 
 
 def _train_worker(settings: dict[str, Any]) -> GslError | None:
@@ -377,8 +397,13 @@ def make_training(config: TrainConfig, rows: TrainingSet) -> Training:
     if config.compress:
         encoder, further = compress_encoder(config.compress, config.encoder, rows.items.shape[1:])
     loss = make_loss(config.loss, classes=len(rows.classes), dim=encoder.dim, mined=rows.mined)
-    device = pick_device(config.resources.gpus)
-    return Training(encoder, loss, SnappingLayer(config.snap), config.fit, device, further=further)
+    device, progression = pick_device(config.resources.gpus), _lead(encoder, config)
+    snapping = SnappingLayer(config.snap)
+    return Training(encoder, loss, snapping, config.fit, device, further=further, progression=progression)
+
+
+def _lead(encoder: Encoder, config: TrainConfig) -> Progression | None:
+    return Progression(encoder, config.lowbit, seed=config.fit.seed) if config.lowbit else None
 
 
 def _restore(training: Training) -> None:
@@ -391,7 +416,7 @@ def _refresh(training: Training, config: TrainConfig, rows: TrainingSet, seat: S
     sample = spread_rows(len(rows.items), config.lloyd.sample_rows)
     bounds = np.linspace(0, len(sample), seat.workers + 1).astype(int)
     start, stop = bounds[seat.rank], bounds[seat.rank + 1]
-    settles = training.epoch == config.fit.epochs
+    settles = training.epoch == training.epochs
     views, times = config.fit.views * settles, max(1, config.fit.views * settles)
     y_ND = embed(training.encoder, torch.from_numpy(rows.items[sample[start:stop]]), views=views)
     agenda = Agenda(config.quantizer, training.encoder.dim, config.lloyd, config.fit.seed, training.codebook)

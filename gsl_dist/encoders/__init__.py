@@ -12,6 +12,7 @@ from gsl_dist.encoders.backbones import (
     TableConfig,
     make_encoder,
 )
+from gsl_dist.encoders.lowbit import LowbitConfig, Progression, Stage
 from gsl_dist.encoders.multimodal import FusionConfig, Views
 
 __all__ = [
@@ -22,8 +23,11 @@ __all__ = [
     "FusionConfig",
     "Head",
     "HeadConfig",
+    "LowbitConfig",
     "MlpConfig",
     "ModuleConfig",
+    "Progression",
+    "Stage",
     "TableConfig",
     "Views",
     "make_encoder",
