@@ -61,6 +61,8 @@ bench: install  ## measure the claims of the README, one after another
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/costs.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/multimodal.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/crosslayer.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lowbit.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pipeline.py
 
 PEERS_DATA ?= sift100k photos
 peers: install  ## measure this project beside other systems on real vectors (hours; goes on where it stopped)
@@ -80,6 +82,7 @@ results: install  ## redraw docs/results from the runs that are there
 	$(BIN)/python benchmarks/draw_plan.py
 	$(BIN)/python benchmarks/draw_service.py
 	$(BIN)/python benchmarks/draw_sharing.py
+	$(BIN)/python benchmarks/draw_encoders.py
 
 clean:  ## remove what was built, the virtual environment apart
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

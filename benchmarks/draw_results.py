@@ -47,6 +47,7 @@ OTHERS = {
     "plan.md": "Plans for large corpora",
     "service.md": "The service under load and under attack",
     "sharing.md": "Encoders that share weights between modalities and between layers",
+    "encoders.md": "Encoders for bulk work",
 }
 FAR = 0.05
 CAUTION = (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import struct
 
 
 def average_precision_in_order(relevant, top=None):
@@ -358,3 +360,77 @@ def connect_in_loops(pairs):
             groups[item] = start
             met += [other for other in near[item] if other not in groups]
     return groups
+
+
+def quantize_in_loops(filters, kind, bits):
+    """Give the low-bit weights of a layer, a list of filters, by the formulas of `gsl_dist.encoders.packed`."""
+    weights = _flatten([filters])
+    if kind == "power":
+        largest = max(abs(w) for w in weights)
+        top = math.floor(math.log2(4 * largest / 3))
+        sizes = [2.0**n for n in range(top - 2 ** (bits - 2) + 1, top + 1)]
+        return [[_land(w, [0.0, *sizes]) for w in row] for row in filters]
+    mean = sum(weights) / len(weights)
+    edge = -1.0 if kind == "binary" else 0.7 * sum(abs(w - mean) for w in weights) / len(weights)
+    quantized = []
+    for row in filters:
+        beyond = [abs(w) for w in row if abs(w) > edge]
+        scale = sum(beyond) / len(beyond) if beyond else 0.0
+        quantized.append([0.0 if abs(w) <= edge else scale if w >= 0 else -scale for w in row])
+    return quantized
+
+
+def _land(w, sizes):
+    # The larger of two that are as near.
+    nearest = min(sizes, key=lambda size: (abs(abs(w) - size), -size))
+    return nearest if w > 0 else -nearest
+
+
+def draw_in_turn(chances, count):
+    """Give the chance of each unit to be among `count` drawn one by one without replacement, by walking every order."""
+    included = [0.0] * len(chances)
+
+    def walk(drawn, probability):
+        if len(drawn) == count:
+            for unit in drawn:
+                included[unit] += probability
+            return
+        left = [unit for unit in range(len(chances)) if unit not in drawn]
+        total = sum(chances[unit] for unit in left)
+        for unit in left:
+            walk((*drawn, unit), probability * chances[unit] / total)
+
+    walk((), 1.0)
+    return included
+
+
+def read_packed_in_loops(content):
+    """Read a file of low-bit weights bit by bit, from its bytes and its header alone: name -> numbers, flat."""
+    length = int.from_bytes(content[:8], "little")
+    header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
+    layers = json.loads(header.pop("__metadata__")["gsl_packed"])["layers"]
+
+    def take(name):
+        start, stop = header[name]["data_offsets"]
+        return body[start:stop]
+
+    weights = {}
+    for name, entry in layers.items():
+        stream = [byte >> bit & 1 for byte in take(f"{name}.codes") for bit in range(8)]
+        size = math.prod(entry["shape"]) // entry["shape"][0]
+        scales = [2.0 ** entry["top"]] * entry["shape"][0] if "top" in entry else _floats(take(f"{name}.scales"))
+        found = []
+        for place in range(math.prod(entry["shape"])):
+            bits = stream[place * entry["bits"] : (place + 1) * entry["bits"]]
+            code = sum(bit << at for at, bit in enumerate(bits))
+            if entry["kind"] == "power":
+                level = 0.0 if code == 0 else (-1.0) ** (code - 1) * 2.0 ** -((code - 1) // 2)
+            else:
+                level = {"binary": (-1.0, 1.0), "ternary": (0.0, 1.0, -1.0)}[entry["kind"]][code]
+            found.append(level * scales[place // size])
+        weights[name] = found
+    return weights
+
+
+def _floats(content):
+    return list(struct.unpack(f"<{len(content) // 4}f", content))

@@ -211,7 +211,9 @@ def _check_settings(config: TrainConfig, corpus: Corpus) -> None:
         _check_modalities(config.corpus, encoder)
     if config.compress:
         if config.lowbit:
-            raise ConfigError("lowbit", config.lowbit.kind, "a network compressed across layers shares weights: leave it")
+            raise ConfigError(
+                "lowbit", config.lowbit.kind, "a network compressed across layers shares weights: leave it"
+            )
         plan_model(config.compress, config.encoder, corpus.item_shape)
     _lead(encoder, config)
     check_rows(corpus.rows, config.lloyd, make_quantizer(config.quantizer, encoder.dim))

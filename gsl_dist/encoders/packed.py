@@ -183,7 +183,11 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """Undo `pack_bits`.
 
     Shapes: (bytes,) uint8 -> (count,) uint8.
+    Raises:
+        ValueError: these are not the bytes of so many codes.
     """
+    if len(packed) != -(-count * bits // 8):
+        raise ValueError(f"{len(packed)} bytes for {count} codes of {bits} bits")
     single = np.unpackbits(packed.numpy(), bitorder="little", count=count * bits).reshape(count, bits)
     return torch.from_numpy((single << np.arange(bits, dtype=np.uint8)).sum(axis=1, dtype=np.uint8))
 

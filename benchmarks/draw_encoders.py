@@ -1,0 +1,137 @@
+"""Redraws docs/results/encoders.md from what the benchmarks of encoders left: a section for each file that is there.
+
+Nothing is measured here.
+
+python benchmarks/draw_encoders.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from draw_results import describe_difference
+from record import RESULTS
+
+from gsl_dist.storage import Folder
+
+DOCS = Path(__file__).parent.parent / "docs" / "results"
+OPENING = """Drawn by `make results`; what the methods are, and whose, is in [encoders.md](../encoders.md). Mean and
+standard deviation over seeds; differences are paired by seed, with the 95% interval of Student's t, bold where it
+leaves out zero.
+"""
+STOCHASTIC = """The demo's CNN on 4,000 images,
+snapped; a stage has 8 epochs of one schedule of learning rates. Plain: all weights are quantized from the first step
+on, in one stage (what the published comparison is with), in four that restart the schedule as stochastic quantization
+does, and in one schedule as long as the four. Stochastic: ratios .5, .75, .875, 1, by three rules. Accuracy: of 8,000
+images outside of training, by the nearest proxy; coded mAP at 16 bits.
+"""
+INCREMENTAL = """From the same float network on,
+half, 3/4 and 7/8 of the weights are frozen at powers of two, the rest is trained after each, and then frozen too. The
+control takes the same steps and restarts in float. Accuracy and mAP as above.
+"""
+PIPELINE = """One seed: train, codebook, encode, build and evaluate on
+the demo's corpus, by config. Shipped: weights and card, what a worker fetches besides the codebook. Rows a second: of
+one worker that holds the encoder, median of the rounds, arms turn by turn.
+"""
+Arm = dict[int, dict[str, Any]]
+"""The runs of one arm, by seed."""
+
+
+def main() -> None:
+    found = {name: RESULTS / name for name in SECTIONS if (RESULTS / name).exists()}
+    if not found:
+        return
+    lines = ["# Encoders for bulk work\n"]
+    lines += [OPENING]
+    for name, path in found.items():
+        lines += SECTIONS[name](path)
+    Folder(DOCS).write_bytes("encoders.md", "\n".join(lines).encode())
+
+
+def show_lowbit(path: Path) -> list[str]:
+    """Give the lines on stochastic and incremental quantization."""
+    tables: dict[tuple[str, int], dict[str, Arm]] = defaultdict(lambda: defaultdict(dict))
+    for run in map(json.loads, path.read_text().splitlines()):
+        tables[run["table"], run["rows"]][run["arm"]][run["seed"]] = run
+    lines = []
+    if stochastic := [arms for (table, _), arms in tables.items() if table == "stochastic"]:
+        lines += show_stochastic(stochastic[0])
+    for (table, rows), arms in sorted(tables.items()):
+        if table == "incremental":
+            lines += show_incremental(arms, rows)
+    return lines
+
+
+def show_stochastic(arms: dict[str, Arm]) -> list[str]:
+    lines = ["## Stochastic quantization against plain low-bit training\n"]
+    lines += [f"`benchmarks/lowbit.py stochastic`, {show_commits(arms)}. {STOCHASTIC}"]
+    head = ["weights, training", "accuracy", "coded mAP", "file", "seeds"]
+    head += ["accuracy minus plain, four stages", "coded mAP minus that", "accuracy minus plain, one stage"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm, runs in arms.items():
+        kind = arm.split(",")[0]
+        equal, short = (arms.get(f"{kind}, {name}", {}) for name in ("four stages", "one stage"))
+        figures = [show_pairs(runs, equal, "accuracy"), show_pairs(runs, equal, "map")]
+        figures.append(show_pairs(runs, short, "accuracy"))
+        lines.append(f"| {arm} | {show_run(runs)} | {' | '.join(figures)} |")
+    return [*lines, ""]
+
+
+def show_incremental(arms: dict[str, Arm], rows: int) -> list[str]:
+    lines = [f"## Incremental quantization to powers of two, {rows:,} training images\n"]
+    lines += [f"`benchmarks/lowbit.py incremental`, {show_commits(arms)}. {INCREMENTAL}"]
+    head = ["weights", "accuracy", "coded mAP", "file", "seeds", "accuracy minus control", "coded mAP minus control"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm, runs in arms.items():
+        control = arms.get("control", {})
+        figures = [show_pairs(runs, control, name) for name in ("accuracy", "map")]
+        lines.append(f"| {arm} | {show_run(runs)} | {' | '.join(figures)} |")
+    return [*lines, ""]
+
+
+def show_run(runs: Arm) -> str:
+    """Give the cells of accuracy, mAP, bytes and seeds."""
+    figures = [describe([run[name] for run in runs.values()]) for name in ("accuracy", "map")]
+    return " | ".join([*figures, f"{next(iter(runs.values()))['bytes']:,} B", str(len(runs))])
+
+
+def show_pairs(runs: Arm, others: Arm, figure: str) -> str:
+    """Give a difference paired by seed; nothing of an arm with itself."""
+    seeds = sorted(runs.keys() & others.keys())
+    return "" if runs is others else describe_difference([runs[s][figure] - others[s][figure] for s in seeds], 4)
+
+
+def show_pipeline(path: Path) -> list[str]:
+    """Give the lines on encoders that went through the whole pipeline."""
+    result = json.loads(path.read_text())
+    lines = ["## Through the whole pipeline\n"]
+    lines += [f"`benchmarks/pipeline.py`, commit {result['commit']}. {PIPELINE}"]
+    head = ["encoder", "weights file", "of float", "its ideal", "shipped", "rows a second", "over float", "coded mAP"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm, found in result["arms"].items():
+        sizes = [f"{found['file_bytes']:,} B", f"{found['of_float']:.3f}", f"{found['ideal_bytes']:,} B"]
+        speed = [f"{found['rows_per_s']:,.0f}", f"{found['over_float']:.2f}"]
+        cells = [arm, *sizes, f"{found['shipped_bytes']:,} B", *speed, f"{found['map_coded']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def show_commits(arms: dict[str, Arm]) -> str:
+    return "commits " + ", ".join(sorted({run["commit"] for runs in arms.values() for run in runs.values()}))
+
+
+def describe(values: list[float]) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{deviation}"
+
+
+SECTIONS: dict[str, Callable[[Path], list[str]]] = {"lowbit.jsonl": show_lowbit, "pipeline.json": show_pipeline}
+
+
+if __name__ == "__main__":
+    main()
