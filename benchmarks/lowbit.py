@@ -10,7 +10,7 @@ the share of the 8,000 images outside of training whose nearest class proxy is t
 codes of the codebook landed on, every query against the whole database. The loop is the library's own `fit` in one
 process. A finished run is a line of `results/lowbit.jsonl`; an interrupted benchmark goes on where it stopped.
 
-python benchmarks/lowbit.py [stochastic incremental] [--seeds 5]
+python benchmarks/lowbit.py [stochastic incremental] [--seeds 5] [--arms four paper]
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", default=["stochastic", "incremental"])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--arms", nargs="*", default=[""], help="those whose names hold one of these")
     wanted = parser.parse_args()
     torch.set_num_threads(1)
     rows = read_rows()
@@ -68,6 +69,8 @@ def main() -> None:
         for table, few in [(name, few) for name in wanted.tables for few in CHOICES[name]]:
             chosen = pick_rows(rows, seed) if few else rows
             for arm, (epochs, lowbit) in ARMS[table](few).items():
+                if not any(part in arm for part in wanted.arms):
+                    continue
                 config = settle(seed, epochs, lowbit, few=few)
                 key = fingerprint_config(config.model_dump(mode="json", exclude={"corpus", "output"}), table, few, seed)
                 if key not in done:

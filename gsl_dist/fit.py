@@ -59,7 +59,7 @@ class Further(Protocol):
 class FitConfig(Strict):
     """How long and how fast a network is trained."""
 
-    epochs: int = Field(default=20, ge=1)
+    epochs: int = Field(default=20, ge=1, description="of one schedule of learning rates; low-bit stages have one each")
     warmup_epochs: int = Field(default=5, ge=0, description="epochs of the similarity loss alone")
     refresh_epochs: int = Field(default=1, ge=1, description="snapping epochs between two fits of the codebook")
     batch_size: int = Field(default=256, ge=2, description="rows of a step, all workers together")

@@ -159,11 +159,12 @@ class Partition(nn.Module):
         """Give the weight that the network computes with.
 
         Raises:
-            ConfigError: outside of training, while part of it is float.
+            ConfigError: outside of a training step, while part of it is float.
         """
         if self.config.control or self.ratio == 0:
             return weight
-        if not self.training and not self.open:
+        is_step = self.training and torch.is_grad_enabled()
+        if not is_step and not self.open:
             self.check()
         if self.config.frozen:
             return weight
@@ -353,10 +354,17 @@ def _find_layers(encoder: nn.Module, leave: tuple[str, ...]) -> dict[str, Any]:
     if taken := [name for name, layer in layers.items() if parametrize.is_parametrized(layer, "weight")]:
         allowed = "its weight is computed from others already: name it in lowbit.leave"
         raise ConfigError("lowbit", f"layer {taken[0]}", allowed)
+    if shared := _find_shared(layers):
+        raise ConfigError("lowbit", f"layer {shared}", "it shares its weight with another: name both in lowbit.leave")
     if not layers:
         allowed = "no layer is left to quantize: a convolution or a linear map outside of lowbit.leave is needed"
         raise ConfigError("lowbit.leave", list(leave), allowed)
     return layers
+
+
+def _find_shared(layers: dict[str, Any]) -> str | None:
+    owners: dict[int, str] = {}
+    return next((name for name, layer in layers.items() if owners.setdefault(id(layer.weight), name) != name), None)
 
 
 def _find_partition(layer: nn.Module) -> Partition | None:

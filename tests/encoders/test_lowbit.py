@@ -185,6 +185,8 @@ def test_a_network_in_part_float_is_neither_evaluated_nor_exported(kind):
     with pytest.raises(ConfigError, match=refused):
         embed(encoder, make_items())
     with pytest.raises(ConfigError, match=refused):
+        embed(encoder, make_items(), views=2)
+    with pytest.raises(ConfigError, match=refused):
         export_weights(encoder)
     with progression.look():
         looked = embed(encoder, make_items())
@@ -349,6 +351,14 @@ def test_a_weight_that_is_computed_already_is_refused_by_its_layer_or_left():
     progression.enter(1.0)
     tensors, _ = export_weights(encoder)
     assert "backbone.0.parametrizations.weight.original0" in tensors and "backbone.1.weight.codes" in tensors
+
+
+def test_layers_that_share_a_weight_are_refused_by_name():
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    layers[1].weight = layers[0].weight
+    with pytest.raises(ConfigError, match=r"layer backbone\.1.*shares its weight.*lowbit\.leave"):
+        start(make_config(), encoder=Encoder(layers, 2, normalize=False))
+    start(make_config(leave=["backbone.0", "backbone.1"]), encoder=Encoder(layers, 2, normalize=False))
 
 
 def test_stages_run_the_whole_schedule_each_and_the_last_frozen_one_has_none():
