@@ -99,6 +99,8 @@ class TrainConfig(Strict):
     def _can_be_compressed(self) -> TrainConfig:
         if self.compress and self.corpus.partial:
             raise ValueError("compress compares items layer by layer: corpus.partial must be false")
+        if self.compress and self.lowbit:
+            raise ValueError("lowbit quantizes convolutions and linear maps, not what layers share: leave out compress")
         return self
 
     @model_validator(mode="after")
@@ -189,8 +191,7 @@ def _deciding(config: TrainConfig) -> dict[str, Any]:
     # How many workers there are and where the result goes does not change what is trained; nor does what is not asked
     # for, so that models made before it could be asked for are found again.
     dumped = config.model_dump(mode="json", exclude={"output", "resources", "max_failures"})
-    late = ("compress", "lowbit")
-    return {key: value for key, value in dumped.items() if key not in late or value is not None}
+    return {key: value for key, value in dumped.items() if key not in ("compress", "lowbit") or value is not None}
 
 
 def _teachers(config: TrainConfig) -> list[str]:
@@ -210,10 +211,6 @@ def _check_settings(config: TrainConfig, corpus: Corpus) -> None:
     if isinstance(encoder, FusedEncoder):
         _check_modalities(config.corpus, encoder)
     if config.compress:
-        if config.lowbit:
-            raise ConfigError(
-                "lowbit", config.lowbit.kind, "a network compressed across layers shares weights: leave it"
-            )
         plan_model(config.compress, config.encoder, corpus.item_shape)
     _lead(encoder, config)
     check_rows(corpus.rows, config.lloyd, make_quantizer(config.quantizer, encoder.dim))
