@@ -81,7 +81,6 @@ results: install  ## redraw docs/results from the runs that are there
 	$(BIN)/python benchmarks/draw_peers.py
 	$(BIN)/python benchmarks/draw_plan.py
 	$(BIN)/python benchmarks/draw_service.py
-	$(BIN)/python benchmarks/draw_sharing.py
 	$(BIN)/python benchmarks/draw_encoders.py
 
 clean:  ## remove what was built, the virtual environment apart

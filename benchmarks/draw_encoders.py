@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 from draw_results import describe_difference
+from draw_sharing import show_layers, show_modalities
 from record import RESULTS
 
 from gsl_dist.storage import Folder
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
-OPENING = """Drawn by `make results`; what the methods are, and whose, is in [encoders.md](../encoders.md). Mean and
+OPENING = """Drawn by `make results`; what the methods are, and whose, is in [encoders.md](../encoders.md),
+[crosslayer.md](../crosslayer.md) and [multimodal.md](../multimodal.md). Mean and
 standard deviation over seeds; differences are paired by seed, with the 95% interval of Student's t, bold where it
 leaves out zero.
 """
@@ -132,7 +134,12 @@ def describe(values: list[float]) -> str:
     return f"{np.mean(values):.4f}{deviation}"
 
 
-SECTIONS: dict[str, Callable[[Path], list[str]]] = {"lowbit.jsonl": show_lowbit, "pipeline.json": show_pipeline}
+SECTIONS: dict[str, Callable[[Path], list[str]]] = {
+    "lowbit.jsonl": show_lowbit,
+    "crosslayer.jsonl": show_layers,
+    "multimodal.jsonl": show_modalities,
+    "pipeline.json": show_pipeline,
+}
 
 
 if __name__ == "__main__":

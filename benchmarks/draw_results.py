@@ -46,7 +46,6 @@ OTHERS = {
     "peers.md": "Beside other systems, on real vectors",
     "plan.md": "Plans for large corpora",
     "service.md": "The service under load and under attack",
-    "sharing.md": "Encoders that share weights between modalities and between layers",
     "encoders.md": "Encoders for bulk work",
 }
 FAR = 0.05

@@ -1,32 +1,22 @@
-"""Gives the sections of docs/results/encoders.md on networks that share weights: between modalities, between layers.
+"""Sections of docs/results/encoders.md on networks that share weights: between layers, and between modalities.
 
-Each takes the file of finished runs and gives lines. Alone, this writes them to docs/results/sharing.md.
-
-python benchmarks/draw_sharing.py
+Each takes the file of finished runs and gives lines; `draw_encoders.py` puts them on the page.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from draw_results import describe_difference
-from record import RESULTS
 
-from gsl_dist.storage import Folder
-
-DOCS = Path(__file__).parent.parent / "docs" / "results"
-OPENING = """Drawn by `make results`; what the methods are, and whose, is in [multimodal.md](../multimodal.md) and
-[crosslayer.md](../crosslayer.md). Mean and standard deviation over seeds; differences are paired by seed, with the 95%
-interval of Student's t, bold where it leaves out zero.
-"""
 MODALITIES = """Fashion-MNIST as shipped at 14 x 14 pixels: of every item the left half of the picture and the right
 half of its edges, with noise; 4,000 items to learn from, 7,000 in the database, 1,000 queries, 16 bits an item. Equal
-rows, steps and settings, 16 epochs. The last arm is wider, to have as many parameters as two networks.
+rows, steps and settings, 16 epochs. As large as two networks: wider, to have
+as many parameters.
 """
 ONE = """## Searching with one modality
 
@@ -43,15 +33,6 @@ LAYERWISE = {"common and unique": "layer by layer", "common and unique, similari
 LAYERWISE |= {"common only, similarity": "layer by layer, similarity"}
 Arm = dict[int, dict[str, Any]]
 """The runs of one arm, by seed."""
-
-
-def main() -> None:
-    found = {name: RESULTS / name for name in SECTIONS if (RESULTS / name).exists()}
-    lines = ["# Encoders that share weights\n", OPENING]
-    for name, path in found.items():
-        lines += SECTIONS[name](path)
-    if found:
-        Folder(DOCS).write_bytes("sharing.md", "\n".join(lines).encode())
 
 
 def show_modalities(path: Path) -> list[str]:
@@ -128,13 +109,3 @@ def first(runs: Arm) -> dict[str, Any]:
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-SECTIONS: dict[str, Callable[[Path], list[str]]] = {
-    "multimodal.jsonl": show_modalities,
-    "crosslayer.jsonl": show_layers,
-}
-
-
-if __name__ == "__main__":
-    main()
