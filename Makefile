@@ -71,6 +71,7 @@ peers: install  ## measure this project beside other systems on real vectors (ho
 	    OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers.py $$what $$data || exit 1; done; done
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scanning.py --books 16 --kinds pq "residual pq" vlq cq
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/growth.py
+	for what in build time; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/served.py $$what || exit 1; done
 	$(BIN)/python benchmarks/ingest.py photos
 
 experiments: install  ## carry out the experiments whose data is prepared (hours; goes on where it stopped)
@@ -81,6 +82,7 @@ results: install  ## redraw docs/results from the runs that are there
 	$(BIN)/python benchmarks/draw_peers.py
 	$(BIN)/python benchmarks/draw_plan.py
 	$(BIN)/python benchmarks/draw_service.py
+	$(BIN)/python benchmarks/draw_served.py
 	$(BIN)/python benchmarks/draw_encoders.py
 
 clean:  ## remove what was built, the virtual environment apart
