@@ -290,8 +290,8 @@ class Answerer(Frames):
 
 
 def probe(searcher: LocalSearcher) -> None:
-    """Search once, as a query would."""
-    searcher.search(np.ones(searcher.codebook.dim), 1, probes=1, refine=1)
+    """Search once, as a query would: with vectors beside the codes, candidates are ranked by them."""
+    searcher.search(np.ones(searcher.codebook.dim), 1, probes=1, refine=2 if searcher.stores else 1)
 
 
 def tell_lists(searcher: LocalSearcher) -> bytes:
