@@ -114,6 +114,11 @@ def test_bad_settings_are_refused_and_nothing_is_written(tmp_path, lowbit, named
     assert not (tmp_path / "model").exists()
 
 
+def test_layers_that_share_weights_are_not_quantized(tmp_path):
+    with pytest.raises(ConfigError, match="leave out compress"):
+        train(settings(tmp_path, "model", STOCHASTIC, compress={"model": "float", "ratio": 4}))
+
+
 def test_a_file_whose_codes_were_cut_is_not_read(ray_session, tmp_path):
     tree = settings(tmp_path, "model", INCREMENTAL)
     train(tree)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from gsl_dist.config import check_config
-from gsl_dist.encoders import CnnConfig, Encoder, HeadConfig, MlpConfig, Progression, make_encoder
+from gsl_dist.encoders import CnnConfig, Encoder, FusionConfig, HeadConfig, MlpConfig, Progression, make_encoder
 from gsl_dist.encoders.lowbit import IncrementalConfig, Stage, StochasticConfig, export_weights
 from gsl_dist.encoders.packed import unpack_weights
 from gsl_dist.errors import ConfigError
@@ -266,6 +266,29 @@ def test_every_corner_ends_with_a_file_that_gives_the_same_embeddings(kind, unit
     plain.load_state_dict(unpack_weights(load(save(tensors, metadata=header)), header))
     assert torch.equal(embed(plain, make_items()), wanted)
     assert all(name.endswith(".codes") == (tensor.dtype == torch.uint8) for name, tensor in tensors.items())
+
+
+def test_weights_that_modalities_share_have_one_choice_in_a_step():
+    def make():
+        torch.manual_seed(0)
+        config = FusionConfig(kind="asymfusion", dim=12, channels=(20, 40))
+        return make_encoder(config, (10, 9, 3), {"image": 1, "edges": 1})
+
+    items = torch.randint(256, (6, 10, 9, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    items[..., -1] = 3  # both are there
+    encoder, progression = start(make_config("ternary"), encoder=make())
+    progression.enter(0.5)
+    seen = []
+    layer = next(layer for layer in layers_of(encoder) if isinstance(layer, nn.Conv2d))
+    layer.register_forward_hook(lambda module, given, made: seen.append(module.weight.detach().clone()))
+    encoder.train()(items)
+    assert len(seen) > 1 and all(torch.equal(weight, seen[0]) for weight in seen)
+    progression.enter(1.0)
+    wanted = embed(encoder, items)
+    tensors, header = export_weights(encoder)
+    plain = make()
+    plain.load_state_dict(unpack_weights(load(save(tensors, metadata=header)), header))
+    assert torch.equal(embed(plain, items), wanted)
 
 
 def test_a_control_computes_and_exports_what_it_was_given():
