@@ -74,6 +74,7 @@ def test_two_workers_write_codes_that_say_their_size_and_encode_as_a_float_netwo
     assert np.array_equal(kept, embed(encoder, items).numpy().astype(np.float16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowbit", [STOCHASTIC, INCREMENTAL], ids=["stochastic", "incremental"])
 def test_a_killed_stage_goes_on_and_ends_as_an_undisturbed_one(ray_session, tmp_path, lowbit):
     def doomed(name, marker):
