@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gsl_dist"
 FLOORS = {
-    "ground": {"errors", "config", "cache", "storage", "artefact", "codebook", "filters", "hits", "wire"},
+    "ground": {"calls", "errors", "config", "cache", "storage", "artefact", "codebook", "filters", "hits", "wire"},
     "maths": {"quantizers", "snap", "losses", "encoders", "fit", "sampling", "ranked"},
     "disk": {"data", "index", "evaluate"},
     "service": {"service"},
