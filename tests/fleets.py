@@ -40,7 +40,9 @@ class World:
         self.parts = {name: shards for group, shards in self.groups.items() for name in name_copies(group, copies)}
         for name in self.parts:
             self.begin(name)
-        fleet = Fleet(self.resolve, replicas, copies, "secret", tls and tls.reach(), timeout_s=timeout_s, load_s=20)
+        fleet = Fleet(
+            self.resolve, replicas, copies, secret="secret", tls=tls and tls.reach(), timeout_s=timeout_s, load_s=20
+        )
         self.router = Router(self.folder, fleet, config=RouterConfig(**how))
         self.desk = Desk(self.router, limits or Limits(), Access(tokens), encode, compact)
         beside = rpc and rpc(self.desk, host="127.0.0.1", port=0)

@@ -195,11 +195,12 @@ class RouterShell:
             self._resolve,
             config.replicas,
             config.copies,
-            secret,
-            config.tls.reach() if config.tls else None,
-            config.max_body_bytes,
-            config.timeout_s,
-            config.start_timeout_s,
+            hands=config.resources.threads + 1,
+            secret=secret,
+            tls=config.tls.reach() if config.tls else None,
+            max_bytes=config.max_body_bytes,
+            timeout_s=config.timeout_s,
+            load_s=config.start_timeout_s,
         )
         follow_s = None if config.version else config.follow_s
         how = RouterConfig(config.coarse, follow_s, config.max_new_rows, config.start_timeout_s, config.probe_s)

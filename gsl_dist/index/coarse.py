@@ -32,6 +32,10 @@ class Probed(NamedTuple):
     lists: IdArray
     distances: FloatArray
 
+    def take_row(self, row: int) -> Probed:
+        """Give those of one query."""
+        return Probed(self.lists[row : row + 1], self.distances[row : row + 1])
+
 
 def open_coarse(index: Folder, manifest: Manifest) -> CoarseStep | None:
     """Open the coarse step of a version; None where replicas must find their lists for themselves.

@@ -47,6 +47,7 @@ class Fleet:
         resolve: finds the address of a replica by its name.
         replicas: parts that the shards of a version are spread over.
         copies: replicas that hold the same part.
+        hands: searches that each of them does at a time.
         secret: what a router shows them.
         tls: encrypts the links.
         max_bytes: the longest message.
@@ -57,6 +58,7 @@ class Fleet:
     resolve: Resolve
     replicas: int = 1
     copies: int = 1
+    hands: int = 2
     secret: str = ""
     tls: ssl.SSLContext | None = None
     max_bytes: int = 1 << 26
@@ -314,9 +316,9 @@ def name_copies(group: str, copies: int) -> list[str]:
     return [group] if copies == 1 else [f"{group}-{copy}" for copy in range(copies)]
 
 
-def find_missing(copies: Sequence[Copies], answers: Sequence[bytes | None]) -> tuple[str, ...]:
-    """Give the shards that no copy answered for."""
-    return tuple(shard for part, answer in zip(copies, answers, strict=True) if answer is None for shard in part.shards)
+def name_shards(parts: Sequence[Copies]) -> tuple[str, ...]:
+    """Give the shards of parts."""
+    return tuple(shard for part in parts for shard in part.shards)
 
 
 def find_owners(copies: Sequence[Copies], lists: int) -> NDArray[np.int64] | None:

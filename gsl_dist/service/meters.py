@@ -11,6 +11,7 @@ from gsl_dist.index.overlay import Overlay
 from gsl_dist.service.traces import Tracer
 
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_STAGES = ("read", "queue", "coarse", "fanout", "merge", "request")
 
 
 class Meters:
@@ -29,9 +30,9 @@ class Meters:
         self.open = Gauge("gsl_requests_open", "Requests being answered.", registry=own)
         self.partial = Counter("gsl_partial_answers", "Answers that shards were missing from.", registry=own)
         self.hedges = Gauge("gsl_hedged_questions", "Questions that a second copy was asked as well.", registry=own)
-        stage = "Seconds by stage: read, coarse, fanout, merge of a search; request is the whole."
+        stage = "Seconds by stage: read, queue, coarse, fanout, merge of a search; request is the whole."
         self._seconds = Histogram("gsl_stage_seconds", stage, ["stage"], buckets=_SECONDS, registry=own)
-        self._stages = {name: self._seconds.labels(name) for name in ("read", "coarse", "fanout", "merge", "request")}
+        self._stages = {name: self._seconds.labels(name) for name in _STAGES}
         self.version = Gauge("gsl_version", "1 for the version that is served.", ["version"], registry=own)
         self.shards = Gauge("gsl_shards", "Shards of the version that is served.", registry=own)
         self.rows = Gauge("gsl_rows", "Rows of the version that is served.", registry=own)

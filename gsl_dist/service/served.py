@@ -12,9 +12,10 @@ This module knows nothing of Ray or HTTP. Everything here runs on one event loop
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +29,12 @@ from gsl_dist.index.manifest import Manifest
 from gsl_dist.index.overlay import Overlay
 from gsl_dist.index.search import check_effort
 from gsl_dist.service.frames import Ask
-from gsl_dist.service.links import Copies, Fleet, find_missing, find_owners
+from gsl_dist.service.gather import Gatherer
+from gsl_dist.service.links import Copies, Fleet, find_owners, name_shards
 from gsl_dist.service.meters import Meters
 from gsl_dist.wire import pack_query, pack_table, unpack_hits, unpack_table
 
-_FEW_FLOATS = 1 << 18
+_FEW_FLOATS, _FEW_PRODUCTS = 1 << 18, 1 << 24
 
 
 class Served:
@@ -52,6 +54,7 @@ class Served:
         self.manifest, self.overlay, self._coarse, self._fleet, self._meters = manifest, overlay, coarse, fleet, meters
         self._changes: tuple[int, list[bytes]] = -1, []
         self.copies = fleet.link(manifest, self.changes)
+        self._gatherer = Gatherer(self._search_few, fleet.hands * fleet.copies, functools.partial(meters.note, "queue"))
         self._owners_R: IdArray | None = None
         self._is_dealt = coarse is not None
         self.users = 0
@@ -104,26 +107,50 @@ class Served:
             QueryError: the effort cannot be made.
             ShardUnavailable: no shard answered, or one did not and all are required.
         """
-        start = time.perf_counter()
-        metric, patience_s = self.manifest.metric, min(timeout_s or self._fleet.timeout_s, self._fleet.timeout_s)
         effort = check_effort(effort, self.manifest)
+        if len(queries_QD) == 1 and timeout_s is None and effort.where is None and not everywhere:
+            found = await self._gatherer.search(queries_QD, effort)
+        else:
+            patience_s = min(timeout_s or self._fleet.timeout_s, self._fleet.timeout_s)
+            found = await self._search(queries_QD, effort, patience_s, everywhere=everywhere)
+        missing, total = found.missing, len(self.manifest.shards)
+        if missing and (require_all or len(found.absent) == len(found.asked)):
+            raise ShardUnavailable(list(missing), total)
+        return replace(found.near, shards_answered=total - len(missing), missing=missing)
+
+    async def _search(
+        self, queries_QD: FloatArray, effort: Effort, patience_s: float, *, everywhere: bool = False
+    ) -> Found:
+        start, metric = time.perf_counter(), self.manifest.metric
         probed = await self._find_lists(queries_QD, effort)
         body = pack_query(queries_QD, effort._replace(within=None), probed, patience_s)
         asked = self._meters.note("coarse", start)
         parts = self.copies if everywhere else self._choose_parts(probed)
         answers = await _ask_all(parts, Ask.SEARCH, body, patience_s - (asked - start))
         answered = self._meters.note("fanout", asked)
-        missing, total = find_missing(parts, answers), len(self.manifest.shards)
+        absent = _find_absent(parts, answers)
         found = [unpack_hits(answer) for answer in answers if answer is not None]
-        if missing and (require_all or not found):
-            raise ShardUnavailable(list(missing), total)
-        if self.overlay.rows:
+        if self.overlay.rows or not found:
             found.append(await self._search_new(queries_QD, effort))
         near = merge_topk(found, effort.k)
-        whole = Hits(near.ids, near.distances, total - len(missing), total, self.manifest.version, missing)
+        total = len(self.manifest.shards)
+        whole = Hits(near.ids, near.distances, total, total, self.manifest.version)
         shown = cut_within(show_distances(whole, metric), effort.within, metric)
         self._meters.note("merge", answered)
-        return shown
+        return Found(shown, probed, parts, absent)
+
+    async def _search_few(self, queries_QD: FloatArray, effort: Effort) -> list[Found]:
+        """Answer queries together, each as if it had been alone: what it does not need it does not miss."""
+        found = await self._search(queries_QD, effort, self._fleet.timeout_s)
+        return [self._take_row(found, row) for row in range(len(queries_QD))]
+
+    def _take_row(self, found: Found, row: int) -> Found:
+        ids, distances = found.near.ids[row : row + 1], found.near.distances[row : row + 1]
+        near = replace(found.near, ids=ids, distances=distances)
+        if not found.absent or found.probed is None:
+            return Found(near, None, found.asked, found.absent)
+        own = self._choose_parts(found.probed.take_row(row))
+        return Found(near, None, own, [part for part in own if part in found.absent])
 
     async def fetch(
         self, ids_n: IdArray, columns: Sequence[str], *, vectors: bool = False, require_all: bool = True
@@ -143,9 +170,9 @@ class Served:
         told = {"columns": "\n".join(columns)} | ({"vectors": "1"} if vectors else {})
         body = pack_table(pa.table({"id": wanted}).replace_schema_metadata(told))
         answers = await _ask_all(self.copies, Ask.FETCH, body, self._fleet.timeout_s)
-        missing = find_missing(self.copies, answers)
-        if missing and require_all:
-            raise ShardUnavailable(list(missing), len(self.manifest.shards))
+        absent = _find_absent(self.copies, answers)
+        if absent and require_all:
+            raise ShardUnavailable(list(name_shards(absent)), len(self.manifest.shards))
         own = self.overlay.fetch(wanted, columns)
         parts = [unpack_table(answer) for answer in answers if answer is not None]
         return _pick(len(wanted), own, parts, columns, self.manifest.dim).take(at_n)
@@ -177,7 +204,7 @@ class Served:
         assert effort.probes is not None, "it was settled"
         if self._coarse is None or effort.where is not None:
             return None
-        if len(matrix) == 1:
+        if len(matrix) * self.manifest.cells * self.manifest.dim <= _FEW_PRODUCTS:
             return self._coarse.probe(matrix, effort.probes)
         # A batch would hold up the loop, and with it every other query.
         return await asyncio.get_running_loop().run_in_executor(None, self._coarse.probe, matrix, effort.probes)
@@ -186,6 +213,28 @@ class Served:
         if len(matrix) * self.overlay.rows * self.manifest.dim <= _FEW_FLOATS and effort.where is None:
             return self.overlay.search(matrix, effort)
         return await asyncio.get_running_loop().run_in_executor(None, self.overlay.search, matrix, effort)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the parts that answered have near some queries.
+
+    Args:
+        near: the hits, as if every shard had answered.
+        probed: the lists that were looked into, where the router found them.
+        asked: the parts that were asked.
+        absent: those of them that did not answer.
+    """
+
+    near: Hits
+    probed: Probed | None
+    asked: Sequence[Copies]
+    absent: Sequence[Copies]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Give the shards that no copy answered for."""
+        return name_shards(self.absent)
 
 
 @dataclass(frozen=True)
@@ -211,6 +260,10 @@ async def _ask_all(parts: Sequence[Copies], kind: Ask, body: bytes, timeout_s: f
     for answer in late:
         answer.cancel()
     return [answer.result() if answer in done else None for answer in answers]
+
+
+def _find_absent(parts: Sequence[Copies], answers: Sequence[bytes | None]) -> list[Copies]:
+    return [part for part, answer in zip(parts, answers, strict=True) if answer is None]
 
 
 def _pick(

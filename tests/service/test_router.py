@@ -491,6 +491,39 @@ def test_by_cell_a_dead_part_is_missed_only_where_it_is_needed(dealt):
     assert httpx.get(f"{dealt.url}/healthz").json()["status"] == "partial"
 
 
+def test_queries_that_go_together_miss_what_each_would_miss_alone(dealt):
+    queries = make_queries(30)
+    coarse = open_coarse(Folder(dealt.folder), dealt.local.manifest)
+    [dead] = [name for name, shards in dealt.groups.items() if shards == ["shard-00001"]]
+    dealt.kill(dead)
+    needed = coarse.probe(queries, 1).lists[:, 0] % 3 == 1
+
+    async def ask_all(served, require_all):
+        each = (served.search(query[None], Effort(5, 1), require_all=require_all) for query in queries)
+        return await asyncio.gather(*each, return_exceptions=True)
+
+    with dealt.router.hold() as served:
+        for require_all in (False, True):
+            answers = dealt.call(ask_all(served, require_all))
+            for query, is_needed, hits in zip(queries, needed, answers, strict=True):
+                if is_needed:
+                    assert isinstance(hits, ShardUnavailable) and hits.missing == ["shard-00001"]
+                else:
+                    assert same(hits, dealt.local.search(query, 5, probes=1)) and not hits.is_partial
+
+
+def test_many_that_come_at_once_are_few_questions_to_a_replica(world, monkeypatch):
+    asked, queries = watch_asked(world, monkeypatch), make_queries(60)
+
+    async def ask_all(served):
+        return await asyncio.gather(*(served.search(query[None], Effort(5, 8)) for query in queries))
+
+    with world.router.hold() as served:
+        answers = world.call(ask_all(served))
+    assert np.array_equal(np.concatenate([hits.ids for hits in answers]), world.local.search(queries, 5, probes=8).ids)
+    assert len(asked) <= len(world.replicas) * 4
+
+
 def test_by_id_every_part_is_asked(world, monkeypatch):
     asked = watch_asked(world, monkeypatch)
     with Client(world.url) as client:
