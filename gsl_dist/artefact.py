@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gsl_dist.codebook import Codebook
-from gsl_dist.config import Strict
+from gsl_dist.config import Strict, hide_keys
 from gsl_dist.errors import ArtefactError, ConfigError
 from gsl_dist.storage import FileEntry, Folder
 
@@ -43,8 +43,9 @@ class Card(Strict):
 
 def publish_card(folder: Folder, card: Card) -> Card:
     """Make an artefact exist, after all of its files are in place."""
-    folder.write_json(name_card(card.kind), card.model_dump(mode="json"))
-    return card
+    shown = card.model_copy(update={"config": hide_keys(card.config)})
+    folder.write_json(name_card(card.kind), shown.model_dump(mode="json"))
+    return shown
 
 
 def open_card(folder: Folder, kind: str, *, verify: bool = True) -> Card:
@@ -74,7 +75,7 @@ def find_finished(folder: Folder, kind: str, made_by: str) -> Card | None:
         return None
     card = open_card(folder, kind)
     if card.made_by != made_by:
-        raise ConfigError("output", folder.location, f"it holds a {kind} made by other settings; choose another folder")
+        raise ConfigError("output", folder.path(), f"it holds a {kind} made by other settings; choose another folder")
     return card
 
 

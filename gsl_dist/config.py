@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -58,6 +59,20 @@ def resolve_location(location: str) -> str:
     return _place_below(root, path) if root and not os.path.isabs(path) else os.path.abspath(path)
 
 
+def hide_key(location: str) -> str:
+    """Give a location as messages and artefacts may show it: without the key that a URI may bear before its host."""
+    return _KEY.sub("://***@", location)
+
+
+def hide_keys(tree: Any) -> Any:
+    """Give settings without the keys that locations in them bear."""
+    if isinstance(tree, Mapping):
+        return {name: hide_keys(part) for name, part in tree.items()}
+    if isinstance(tree, list):
+        return [hide_keys(part) for part in tree]
+    return hide_key(tree) if isinstance(tree, str) else tree
+
+
 def _place_below(root: str, path: str) -> str:
     below = posixpath.normpath(path)
     if "://" not in root:
@@ -66,6 +81,8 @@ def _place_below(root: str, path: str) -> str:
         raise ValueError(f"a path may not lead out of {ROOT}={root}")
     return root.rstrip("/") if below == "." else f"{root.rstrip('/')}/{below}"
 
+
+_KEY = re.compile(r"://[^/@?]+@")
 
 Location = Annotated[str, AfterValidator(resolve_location)]
 """A path or a URI that `pyarrow.fs` understands, made absolute when a config is loaded."""

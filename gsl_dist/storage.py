@@ -29,7 +29,7 @@ import pyarrow.fs as fs
 
 from gsl_dist.cache import CHUNK_BYTES, Cache, fetch_whole
 from gsl_dist.cache import FileEntry as FileEntry
-from gsl_dist.config import resolve_location
+from gsl_dist.config import hide_key, resolve_location
 from gsl_dist.errors import ArtefactError, BadInput
 
 T = TypeVar("T")
@@ -53,12 +53,14 @@ class Folder:
         try:
             self._fs, self._base = find_store(self.location)
         except pa.ArrowInvalid as error:
-            allowed = f"it must be a path, or a URI that pyarrow.fs understands ({str(error).splitlines()[0]})"
-            raise BadInput("path", self.location, allowed) from error
+            allowed = (
+                f"it must be a path, or a URI that pyarrow.fs understands ({hide_key(str(error).splitlines()[0])})"
+            )
+            raise BadInput("path", hide_key(self.location), allowed) from None
         self.is_local = isinstance(self._fs, fs.LocalFileSystem)
 
     def __repr__(self) -> str:
-        return f"Folder({self.location!r})"
+        return f"Folder({self.path()!r})"
 
     def child(self, name: str) -> Folder:
         """Name a folder inside this one."""
@@ -70,8 +72,8 @@ class Folder:
         return self._fs, self._base
 
     def path(self, name: str = "") -> str:
-        """Give the place of a file as messages should show it."""
-        return join_location(self.location, name) if name else self.location
+        """Give the place of a file as messages should show it, without any key."""
+        return hide_key(join_location(self.location, name) if name else self.location)
 
     def exists(self, name: str = "") -> bool:
         """Tell whether the file or folder is there."""

@@ -66,3 +66,10 @@ def test_work_of_other_settings_is_never_overwritten(folder):
     with pytest.raises(ConfigError, match="choose another folder") as caught:
         find_finished(folder, "codes", "m2")
     assert caught.value.field == "output"
+
+
+def test_a_card_holds_no_key_of_a_uri(tmp_path):
+    config = {"corpus": {"path": "s3://user:hush@bucket/rows"}, "parts": ["gs://a:hush@b", "plain@name"], "seed": 3}
+    publish_card(Folder(tmp_path), Card(kind="codes", made_by="x", files=[], config=config, facts={}))
+    card = open_card(Folder(tmp_path), "codes")
+    assert card.config == {"corpus": {"path": "s3://***@bucket/rows"}, "parts": ["gs://***@b", "plain@name"], "seed": 3}

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from gsl_dist.errors import ArtefactError
+from gsl_dist.errors import ArtefactError, BadInput
 from gsl_dist.storage import FileEntry, Folder, split_location
 
 
@@ -148,3 +148,12 @@ def test_a_folder_survives_pickling(folder):
 def test_a_location_splits_into_folder_and_name(tmp_path):
     folder, name = split_location(str(tmp_path / "a" / "b.npy"))
     assert (folder.location, name) == (str(tmp_path / "a"), "b.npy")
+
+
+def test_no_message_shows_the_key_in_a_uri():
+    folder = Folder("s3://user:hush@bucket/index?endpoint_override=127.0.0.1:1&scheme=http")
+    assert folder.path("x.json").startswith("s3://***@bucket/index/x.json?")
+    assert "hush" not in repr(folder) and "hush" in folder.child("below").location
+    with pytest.raises(BadInput) as caught:
+        Folder("ftp://user:hush@host/index")
+    assert "hush" not in str(caught.value) and "***@host" in str(caught.value)

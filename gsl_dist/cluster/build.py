@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib.metadata
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,7 @@ from pydantic import Field, ValidationError
 from gsl_dist.artefact import Card, load_codebook, name_card, open_card
 from gsl_dist.cluster.session import Progress, run_tasks, start_session, stay_quiet
 from gsl_dist.codebook import Codebook
-from gsl_dist.config import Location, Resources, Strict, fingerprint_config
+from gsl_dist.config import Location, Resources, Strict, fingerprint_config, hide_keys
 from gsl_dist.errors import ArtefactError, ConfigError
 from gsl_dist.index.bounded import hold_ids, name_payload, write_lists, write_payload, write_vectors
 from gsl_dist.index.lists import name_file
@@ -264,7 +263,7 @@ def _describe(
 ) -> Manifest:
     codebook.save(folder, CODEBOOK)
     model = _copy_model(config, folder) if config.model else []
-    configs = {"encode": codes.config, "build": json.loads(config.model_dump_json())}
+    configs = {"encode": codes.config, "build": hide_keys(config.model_dump(mode="json"))}
     configs["codebook"] = open_card(Folder(config.codebook), "codebook").config
     if config.model:
         configs["train"] = _model_card(config).config

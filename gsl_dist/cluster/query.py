@@ -39,7 +39,9 @@ class QueryEncoder:
 
     def __init__(self, index: str, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._encoder, self._card = load_encoder(version_folder(Folder(index), manifest.version).path("model"))
+        self._encoder, self._card = load_encoder(
+            version_folder(Folder(index), manifest.version).child("model").location
+        )
         self._shape, self._modalities = tuple(self._card.facts["item_shape"]), read_modalities(self._card)
         self._image = None
         if len(self._shape) == _IMAGE_AXES:
