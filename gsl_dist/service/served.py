@@ -113,8 +113,10 @@ class Served:
         else:
             patience_s = min(timeout_s or self._fleet.timeout_s, self._fleet.timeout_s)
             found = await self._search(queries_QD, effort, patience_s, everywhere=everywhere)
+        if not found.absent:
+            return found.near
         missing, total = found.missing, len(self.manifest.shards)
-        if missing and (require_all or len(found.absent) == len(found.asked)):
+        if require_all or len(found.absent) == len(found.asked):
             raise ShardUnavailable(list(missing), total)
         return replace(found.near, shards_answered=total - len(missing), missing=missing)
 
@@ -142,7 +144,7 @@ class Served:
     async def _search_few(self, queries_QD: FloatArray, effort: Effort) -> list[Found]:
         """Answer queries together, each as if it had been alone: what it does not need it does not miss."""
         found = await self._search(queries_QD, effort, self._fleet.timeout_s)
-        return [self._take_row(found, row) for row in range(len(queries_QD))]
+        return [self._take_row(found, row) for row in range(len(queries_QD))] if len(queries_QD) > 1 else [found]
 
     def _take_row(self, found: Found, row: int) -> Found:
         ids, distances = found.near.ids[row : row + 1], found.near.distances[row : row + 1]
