@@ -1,7 +1,8 @@
 """What a stage leaves behind: a folder of files, and a card written last that pins them.
 
-A folder without its card is unfinished work and counts as absent. The card records which settings and inputs made the
-artefact (`made_by`), so that a relaunch of the same stage finds its work done, and another run never overwrites it.
+A folder without its card is unfinished work and counts as absent. The card carries a digest of itself and records which
+settings and inputs made the artefact (`made_by`), so that a relaunch of the same stage finds its work done, and another
+run never overwrites it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Card(Strict):
 
 def publish_card(folder: Folder, card: Card) -> Card:
     """Make an artefact exist, after all of its files are in place."""
-    folder.write_json(name_card(card.kind), card.model_dump(mode="json"))
+    folder.write_sealed(name_card(card.kind), card.model_dump(mode="json"))
     return card
 
 
@@ -51,12 +52,12 @@ def open_card(folder: Folder, kind: str, *, verify: bool = True) -> Card:
     """Read the card of an artefact and, unless told otherwise, check all of its files.
 
     Raises:
-        ArtefactError: there is no such artefact, or a file differs from what the card pins.
+        ArtefactError: there is no such artefact, or the card or a file that it pins is not as it was written.
     """
     if not folder.exists(name_card(kind)):
         raise ArtefactError(folder.path(), f"there is no finished {kind} here ({name_card(kind)} is missing)")
     try:
-        card = Card.model_validate(folder.read_json(name_card(kind)))
+        card = Card.model_validate(folder.read_sealed(name_card(kind), always=False))
     except ValidationError as error:
         raise ArtefactError(folder.path(name_card(kind)), "it is not the card of an artefact") from error
     for entry in card.files if verify else []:

@@ -140,7 +140,7 @@ def build_shard(config: BuildConfig, folder: Folder, portion: Portion, made_by: 
                 write_vectors(portion, ids_N, codebook.dim, path, room_bytes, config.vectors)
             entry = entry.model_copy(update={"vectors": folder.pin(vectors)})
     built = BuiltShard(made_by=made_by, entry=entry)
-    folder.write_json(f"{name}.note.json", built.model_dump(mode="json"))
+    folder.write_sealed(f"{name}.note.json", built.model_dump(mode="json"))
     return built
 
 
@@ -250,7 +250,7 @@ def _note(folder: Folder, name: str, made_by: str) -> BuiltShard | None:
     if not folder.exists(f"{name}.note.json"):
         return None
     try:
-        built = BuiltShard.model_validate(folder.read_json(f"{name}.note.json"))
+        built = BuiltShard.model_validate(folder.read_sealed(f"{name}.note.json"))
         for entry in (built.entry.index, built.entry.payload, built.entry.vectors):
             if entry:
                 folder.check(entry)

@@ -119,7 +119,7 @@ class ShardEncoder:
             codes=folder.pin(f"{name}.parquet"),
             rejects_file=rejects_file,
         )
-        folder.write_json(f"{name}.note.json", note.model_dump(mode="json"))
+        folder.write_sealed(f"{name}.note.json", note.model_dump(mode="json"))
         return note
 
     def encode_batch(self, batch: Batch) -> pa.Table:
@@ -262,8 +262,9 @@ def _note(folder: Folder, number: int, made_by: str) -> ShardNote | None:
     if not folder.exists(name):
         return None
     try:
-        note = ShardNote.model_validate(folder.read_json(name))
-        folder.check(note.codes)
+        note = ShardNote.model_validate(folder.read_sealed(name))
+        for entry in filter(None, (note.codes, note.rejects_file)):
+            folder.check(entry)
     except (ValidationError, ArtefactError):
         return None
     return note if note.made_by == made_by else None

@@ -29,7 +29,6 @@ from gsl_dist.cluster.session import Progress, run_tasks, start_session, stay_qu
 from gsl_dist.codebook import IdArray
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import CorpusConfig, split_rows
-from gsl_dist.data.tables import ParquetFile
 from gsl_dist.errors import ArtefactError, ConfigError, QueryError
 from gsl_dist.filters import list_columns, parse_where
 from gsl_dist.hits import NO_ID, Effort, Hits, cut_within, show_distances
@@ -37,6 +36,7 @@ from gsl_dist.index.answers import Form, drop_own, make_schema, make_table, read
 from gsl_dist.index.bulk import CodedSearch, ExactSearch, measure_batch, measure_shard, plan_passes
 from gsl_dist.index.groups import find_groups
 from gsl_dist.index.manifest import Manifest, open_version, version_folder
+from gsl_dist.index.overlay import read_schema
 from gsl_dist.index.search import MAX_K, check_effort
 from gsl_dist.index.sweep import UNSWEPT, suits_sweep
 from gsl_dist.storage import FileEntry, Folder
@@ -220,7 +220,7 @@ class Matcher:
             file=folder.pin(f"{name}.parquet"),
             rejects_file=rejects_file,
         )
-        folder.write_json(f"{name}.note.json", note.model_dump(mode="json"))
+        folder.write_sealed(f"{name}.note.json", note.model_dump(mode="json"))
         return note
 
     def find(self, asked: Asked) -> Hits:
@@ -278,9 +278,7 @@ def _check_within(within: float, metric: str) -> None:
 
 def _check_columns(config: MatchConfig, manifest: Manifest) -> None:
     """Let a filter pass whose columns are there; their types are checked by who reads them."""
-    entry = manifest.shards[0].payload
-    folder = version_folder(Folder(config.index), manifest.version)
-    known = ParquetFile(folder, entry.name).schema.names if entry else ["id"]
+    known = read_schema(version_folder(Folder(config.index), manifest.version), manifest).names
     for name in sorted(list_columns(parse_where(config.where)) - set(known)):
         raise QueryError(f"where.{name}", name, f"the columns of this version are {', '.join(known)}")
 
@@ -318,7 +316,7 @@ def _note(folder: Folder, number: int, made_by: str) -> ShardNote | None:
     if not folder.exists(name):
         return None
     try:
-        note = ShardNote.model_validate(folder.read_json(name))
+        note = ShardNote.model_validate(folder.read_sealed(name))
         for entry in filter(None, (note.file, note.rejects_file)):
             folder.check(entry)
     except (ValidationError, ArtefactError):
