@@ -65,15 +65,21 @@ def open_card(folder: Folder, kind: str, *, verify: bool = True) -> Card:
     return card
 
 
-def find_finished(folder: Folder, kind: str, made_by: str) -> Card | None:
+def find_finished(folder: Folder, kind: str, made_by: str, *, verify: bool = True) -> Card | None:
     """Give the card if this very work is done already, None if nothing is.
+
+    Args:
+        folder: where it would be.
+        kind: of artefact.
+        made_by: the hash of the settings and inputs.
+        verify: whether to check all of its files; not where there are too many for one process.
 
     Raises:
         ConfigError: the folder holds an artefact of other settings or inputs, which is never overwritten.
     """
     if not folder.exists(name_card(kind)):
         return None
-    card = open_card(folder, kind)
+    card = open_card(folder, kind, verify=verify)
     if card.made_by != made_by:
         raise ConfigError("output", folder.location, f"it holds a {kind} made by other settings; choose another folder")
     return card

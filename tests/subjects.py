@@ -23,7 +23,8 @@ from gsl_dist.cluster.codebook import CodebookConfig, run_codebook
 from gsl_dist.cluster.evaluate import find_measured
 from gsl_dist.cluster.model import load_encoder, load_trained_codebook, save_model
 from gsl_dist.cluster.query import QueryEncoder
-from gsl_dist.config import check_config, fingerprint_config, load_config
+from gsl_dist.cluster.whole import find_notes
+from gsl_dist.config import Resources, check_config, fingerprint_config, load_config
 from gsl_dist.data import open_corpus
 from gsl_dist.encoders import MlpConfig, Progression, make_encoder
 from gsl_dist.encoders.lowbit import StochasticConfig
@@ -167,12 +168,12 @@ def make_notes(place):
         build.build_shard(check_config(build.BuildConfig, tree), Folder(home / name / "built"), portion, MADE_BY)
 
     def find_encoded():
-        note = encode._note(Folder(home / "one" / "encoded"), 0, MADE_BY)
-        return note.model_dump_json() if note else AGAIN
+        notes = find_notes(Folder(home / "one" / "encoded"), encode.ShardNote, 1, MADE_BY, Resources())
+        return notes[0].model_dump_json() if notes else AGAIN
 
     def find_built():
-        note = build._note(Folder(home / "one" / "built"), "shard-00000", MADE_BY)
-        return note.model_dump_json() if note else AGAIN
+        notes = find_notes(Folder(home / "one" / "built"), build.BuiltShard, 1, MADE_BY, Resources())
+        return notes[0].model_dump_json() if notes else AGAIN
 
     for use, folder, name in ((find_encoded, "encoded", "notes, encode"), (find_built, "built", "notes, build")):
         files, donors = pick(home / "one" / folder, home / "other" / folder, "*.*")
