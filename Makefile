@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 FAISS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow check fix bench peers experiments results clean
+.PHONY: help install demo test test-fast test-slow check fix bench peers corrupt experiments results clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,9 @@ bench: install  ## measure the claims of the README, one after another
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/crosslayer.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lowbit.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pipeline.py
+	for stage in train codebook "encode images" "encode vectors" build search; do \
+	    OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py "$$stage" || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/simulate.py
 
 PEERS_DATA ?= sift100k photos
 peers: install  ## measure this project beside other systems on real vectors (hours; goes on where it stopped)
@@ -74,6 +77,9 @@ peers: install  ## measure this project beside other systems on real vectors (ho
 	for what in build time; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/served.py $$what || exit 1; done
 	$(BIN)/python benchmarks/ingest.py photos
 
+corrupt: install  ## damage artefacts of every kind, thousands of times each (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/corrupt.py
+
 experiments: install  ## carry out the experiments whose data is prepared (hours; goes on where it stopped)
 	for settings in benchmarks/experiments/*.yaml; do $(BIN)/python benchmarks/experiment.py $$settings || true; done
 
@@ -81,6 +87,8 @@ results: install  ## redraw docs/results from the runs that are there
 	$(BIN)/python benchmarks/draw_results.py
 	$(BIN)/python benchmarks/draw_peers.py
 	$(BIN)/python benchmarks/draw_plan.py
+	$(BIN)/python benchmarks/draw_corruption.py
+	$(BIN)/python benchmarks/draw_scale.py
 	$(BIN)/python benchmarks/draw_service.py
 	$(BIN)/python benchmarks/draw_served.py
 	$(BIN)/python benchmarks/draw_encoders.py

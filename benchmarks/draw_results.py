@@ -45,6 +45,8 @@ OTHERS = {
     "index.md": "What indexes were to reach",
     "peers.md": "Beside other systems, on real vectors",
     "plan.md": "Plans for large corpora",
+    "scale.md": "How stages scale, and what a thousand machines would do",
+    "corruption.md": "Artefacts that are damaged",
     "service.md": "The service under load and under attack",
     "served-peers.md": "The service beside others, each over its own wire",
     "encoders.md": "Encoders for bulk work",

@@ -32,7 +32,7 @@ from gsl_dist.cluster.session import start_session, stay_quiet
 from gsl_dist.cluster.train import TrainConfig, run_train
 from gsl_dist.config import check_config
 from gsl_dist.data import ImageConfig, decode_image, fashion_folder
-from gsl_dist.demo import Demo, images, train_settings
+from gsl_dist.demo import SNAPPED, Demo, images, train_settings
 from gsl_dist.fit import embed
 from gsl_dist.index.shards import create_shard
 from gsl_dist.storage import Folder
@@ -77,7 +77,7 @@ def write_corpus(rows: int) -> Path:
 
 def make_model() -> None:
     demo = Demo(PLACE.resolve(), 0, stay_quiet)
-    tree = train_settings(demo, 16, "add", "model")
+    tree = train_settings(demo, 16, SNAPPED, "model")
     run_train(check_config(TrainConfig, tree | {"fit": tree["fit"] | {"epochs": 2, "warmup_epochs": 1}}))
     own = {"source": "trained", "model": demo.place("model"), "output": demo.place("codebook")}
     run_codebook(check_config(CodebookConfig, own))

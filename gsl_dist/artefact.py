@@ -1,7 +1,8 @@
 """What a stage leaves behind: a folder of files, and a card written last that pins them.
 
-A folder without its card is unfinished work and counts as absent. The card records which settings and inputs made the
-artefact (`made_by`), so that a relaunch of the same stage finds its work done, and another run never overwrites it.
+A folder without its card is unfinished work and counts as absent. The card carries a digest of itself and records which
+settings and inputs made the artefact (`made_by`), so that a relaunch of the same stage finds its work done, and another
+run never overwrites it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Card(Strict):
 def publish_card(folder: Folder, card: Card) -> Card:
     """Make an artefact exist, after all of its files are in place."""
     shown = card.model_copy(update={"config": hide_keys(card.config)})
-    folder.write_json(name_card(card.kind), shown.model_dump(mode="json"))
+    folder.write_sealed(name_card(card.kind), shown.model_dump(mode="json"))
     return shown
 
 
@@ -52,12 +53,12 @@ def open_card(folder: Folder, kind: str, *, verify: bool = True) -> Card:
     """Read the card of an artefact and, unless told otherwise, check all of its files.
 
     Raises:
-        ArtefactError: there is no such artefact, or a file differs from what the card pins.
+        ArtefactError: there is no such artefact, or the card or a file that it pins is not as it was written.
     """
     if not folder.exists(name_card(kind)):
         raise ArtefactError(folder.path(), f"there is no finished {kind} here ({name_card(kind)} is missing)")
     try:
-        card = Card.model_validate(folder.read_json(name_card(kind)))
+        card = Card.model_validate(folder.read_sealed(name_card(kind), always=False))
     except ValidationError as error:
         raise ArtefactError(folder.path(name_card(kind)), "it is not the card of an artefact") from error
     for entry in card.files if verify else []:
@@ -65,15 +66,21 @@ def open_card(folder: Folder, kind: str, *, verify: bool = True) -> Card:
     return card
 
 
-def find_finished(folder: Folder, kind: str, made_by: str) -> Card | None:
+def find_finished(folder: Folder, kind: str, made_by: str, *, verify: bool = True) -> Card | None:
     """Give the card if this very work is done already, None if nothing is.
+
+    Args:
+        folder: where it would be.
+        kind: of artefact.
+        made_by: the hash of the settings and inputs.
+        verify: whether to check all of its files; not where there are too many for one process.
 
     Raises:
         ConfigError: the folder holds an artefact of other settings or inputs, which is never overwritten.
     """
     if not folder.exists(name_card(kind)):
         return None
-    card = open_card(folder, kind)
+    card = open_card(folder, kind, verify=verify)
     if card.made_by != made_by:
         raise ConfigError("output", folder.path(), f"it holds a {kind} made by other settings; choose another folder")
     return card

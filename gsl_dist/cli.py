@@ -354,8 +354,8 @@ def _delete_in_folder(index: str, ids: list[int]) -> int:
 
     folder = Folder(index)
     manifest, log = open_version(folder), WriteLog(folder)
-    writes = read_overlay(folder, manifest, log).check([Write("delete", item) for item in ids])
-    return log.append(writes, manifest.space)
+    overlay = read_overlay(folder, manifest, log)
+    return log.append(overlay.check([Write("delete", item) for item in ids]), manifest.space, overlay.seq)
 
 
 def _search_service(url: str, query: Path, effort: Effort) -> Hits:

@@ -3,7 +3,8 @@
 `Folder` hides whether it is a local directory or an object store (`pyarrow.fs`). A file is always written beside its
 place under a temporary name and moved there when it is complete, so a reader never sees half of one; an object store
 gets the same from a single upload, after which one waits until the store shows it. `FileEntry` pins a file by size and
-SHA-256, and `check` and `held` refuse it when either differs: nothing that a version names is read before that.
+SHA-256, and `check` and `held` refuse it when either differs: nothing that a version names is read before that. What
+pins others, cards, notes and manifests, is sealed: it carries a digest of its own content.
 
 A store that is slow, fails or drops connections is asked again, for some seconds; a local disk is not.
 """
@@ -36,6 +37,7 @@ T = TypeVar("T")
 
 _REMOTE_TRIES = 6
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+_DIGEST = "digest"
 _CONNECT_S, _REQUEST_S, _REQUEST_TRIES = 5.0, 30.0, 4
 
 
@@ -133,8 +135,26 @@ class Folder:
         """
         try:
             return json.loads(self.read_bytes(name))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtefactError(self.path(name), f"it is not JSON ({error})") from error
+
+    def read_sealed(self, name: str, *, always: bool = True) -> Any:
+        """Read a JSON file that was sealed, and check its content against the digest that it carries.
+
+        Args:
+            name: the file.
+            always: whether there must be a digest; not where files were written before they got one.
+
+        Raises:
+            ArtefactError: absent, not JSON, or altered.
+        """
+        content = self.read_json(name)
+        wanted = content.pop(_DIGEST, None) if isinstance(content, dict) else None
+        if wanted is None and always:
+            raise ArtefactError(self.path(name), "it does not have the digest that it was written with")
+        if wanted is not None and wanted != _seal(content):
+            raise ArtefactError(self.path(name), "its content differs from the digest recorded when it was written")
+        return content
 
     @contextlib.contextmanager
     def whole(self, name: str) -> Iterator[Path]:
@@ -166,6 +186,10 @@ class Folder:
     def write_json(self, name: str, content: Any) -> None:
         """Write a whole JSON file, keys sorted so that equal content is equal bytes."""
         self.write_bytes(name, json.dumps(content, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n")
+
+    def write_sealed(self, name: str, content: dict[str, Any]) -> None:
+        """Write a whole JSON file with a digest of its content."""
+        self.write_json(name, content | {_DIGEST: _seal(content)})
 
     def take(self, other: Folder, entry: FileEntry) -> None:
         """Put a file of another folder here under its name: a link to the same bytes, or a copy where there are none.
@@ -360,6 +384,12 @@ def join_location(location: str, name: str) -> str:
     """Name a file or folder inside a folder."""
     base, options = _cut_options(location)
     return f"{base.rstrip('/')}/{name}{options}"
+
+
+def _seal(content: Any) -> str:
+    # As it will be read: keys that are numbers become text, which sorts otherwise.
+    plain = json.loads(json.dumps(content, allow_nan=False))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _cut_options(location: str) -> tuple[str, str]:

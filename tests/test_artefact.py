@@ -56,6 +56,22 @@ def test_a_damaged_card_is_refused(folder, content):
     assert caught.value.path == folder.path("codes.json") and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "field, value", [("made_by", "m2"), ("facts", {"rows": 3}), ("config", {"seed": 1}), ("files", [])]
+)
+def test_an_altered_card_is_refused(folder, field, value):
+    publish_card(folder, make_card(folder))
+    folder.write_json("codes.json", folder.read_json("codes.json") | {field: value})
+    with pytest.raises(ArtefactError, match=r"codes\.json: its content differs"):
+        find_finished(folder, "codes", "m1")
+
+
+def test_a_card_from_before_there_were_digests_opens(folder):
+    card = make_card(folder)
+    folder.write_json("codes.json", card.model_dump(mode="json"))
+    assert open_card(folder, "codes") == card
+
+
 def test_the_same_work_is_found_done(folder):
     card = publish_card(folder, make_card(folder))
     assert find_finished(folder, "codes", "m1") == card

@@ -110,6 +110,35 @@ def test_what_is_no_json_is_refused(folder, content):
         folder.read_json("a.json")
 
 
+def test_json_nested_without_end_is_refused(folder):
+    folder.write_bytes("a.json", b"[" * 100_000)
+    with pytest.raises(ArtefactError, match=r"a\.json: it is not JSON"):
+        folder.read_json("a.json")
+
+
+def test_sealed_content_comes_back_without_its_digest(folder):
+    folder.write_sealed("a.json", {"b": {10: 1, 9: 0.1}, "a": [None, "é"]})
+    assert folder.read_sealed("a.json") == {"b": {"10": 1, "9": 0.1}, "a": [None, "é"]}
+    assert len(folder.read_json("a.json")["digest"]) == 64
+
+
+@pytest.mark.parametrize(
+    "change", [lambda told: told | {"a": 2}, lambda told: told | {"c": 1}, lambda told: told | {"digest": "0" * 64}]
+)
+def test_sealed_content_that_was_altered_is_refused(folder, change):
+    folder.write_sealed("a.json", {"a": 1, "b": 2})
+    folder.write_json("a.json", change(folder.read_json("a.json")))
+    with pytest.raises(ArtefactError, match=r"a\.json: its content differs from the digest"):
+        folder.read_sealed("a.json", always=False)
+
+
+def test_content_without_a_digest_passes_only_where_that_is_allowed(folder):
+    folder.write_json("a.json", {"a": 1})
+    assert folder.read_sealed("a.json", always=False) == {"a": 1}
+    with pytest.raises(ArtefactError, match=r"a\.json: it does not have the digest"):
+        folder.read_sealed("a.json")
+
+
 def test_numbers_that_json_lacks_are_not_written(folder):
     with pytest.raises(ValueError, match="JSON"):
         folder.write_json("a.json", {"loss": float("nan")})

@@ -80,6 +80,8 @@ def make_index(
     vectors=None,
     payload=None,
     sharding="id",
+    coarse_search="flat",
+    code_layout="plain",
 ):
     """Publish and promote a version of random codes in `folder`, and give its manifest.
 
@@ -98,7 +100,7 @@ def make_index(
         name = f"shard-{rank:05d}"
         file = name_file(name, codebook)
         with place.whole(file) as path:
-            make_lists(codebook, ids_N, cells_N[ids_N], codes[ids_N]).write(path)
+            make_lists(codebook, ids_N, cells_N[ids_N], codes[ids_N], coarse_search, code_layout).write(path)
         kept = None
         if vectors:
             keep_vectors(ids_N, make_vectors(rows, dim)[ids_N], vectors).write(Path(place.path(f"{name}.vectors")))
@@ -117,6 +119,8 @@ def make_index(
         codebook=place.pin(CODEBOOK),
         vectors=vectors,
         sharding=sharding,
+        coarse_search=coarse_search,
+        code_layout=code_layout,
         **describe_codebook(codebook),
     )
     publish_version(index, manifest)

@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from gsl_dist.artefact import Card, load_codebook, name_card, open_card
 from gsl_dist.cluster.session import Progress, run_tasks, start_session, stay_quiet
+from gsl_dist.cluster.whole import Note, find_notes
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config, hide_keys
 from gsl_dist.errors import ArtefactError, ConfigError
@@ -86,11 +87,15 @@ class BuildConfig(Strict):
         return (self.memory_mb << 20) - READ_BYTES
 
 
-class BuiltShard(Strict):
+class BuiltShard(Note):
     """What is known of a finished shard."""
 
-    made_by: str
     entry: ShardEntry
+
+    @property
+    def files(self) -> list[FileEntry]:
+        """List what was written."""
+        return [file for file in (self.entry.index, self.entry.payload, self.entry.vectors) if file]
 
 
 def run_build(config: BuildConfig, progress: Progress = stay_quiet) -> Manifest:
@@ -139,7 +144,7 @@ def build_shard(config: BuildConfig, folder: Folder, portion: Portion, made_by: 
                 write_vectors(portion, ids_N, codebook.dim, path, room_bytes, config.vectors)
             entry = entry.model_copy(update={"vectors": folder.pin(vectors)})
     built = BuiltShard(made_by=made_by, entry=entry)
-    folder.write_json(f"{name}.note.json", built.model_dump(mode="json"))
+    folder.write_sealed(f"{name}.note.json", built.model_dump(mode="json"))
     return built
 
 
@@ -183,19 +188,20 @@ def _model_card(config: BuildConfig) -> Card:
 def _build_shards(
     config: BuildConfig, folder: Folder, codes: Card, codebook: Codebook, made_by: str, progress: Progress
 ) -> list[BuiltShard]:
-    names = [name_shard(shard) for shard in range(_count_shards(config, codes, codebook))]
-    done = {name: note for name in names if (note := _note(folder, name, made_by))}
-    if len(done) < len(names):
+    count = _count_shards(config, codes, codebook)
+    built = {
+        note.entry.name: note for note in find_notes(folder, BuiltShard, count, made_by, config.resources).values()
+    }
+    if (before := len(built)) < count:
         start_session(config.resources.cpus)
-        portions = [part for part in _cut_corpus(config, codes, codebook, progress) if part.name not in done]
-        before = len(done)
+        portions = [part for part in _cut_corpus(config, codes, codebook, progress) if part.name not in built]
         calls = [(config, folder, portion, made_by) for portion in portions]
-        draw = functools.partial(_draw, progress, "build", before, len(names))
-        done |= {built.entry.name: built for built in _run_tasks(config, build_shard, calls, draw)}
-    built = [done[name] for name in names]
-    dropped = codes.facts["rows"] - sum(shard.entry.rows for shard in built)
-    progress("build", len(names), len(names), f"{dropped} rows of repeated ids left out" if dropped else "shards")
-    return built
+        draw = functools.partial(_draw, progress, "build", before, count)
+        built |= {shard.entry.name: shard for shard in _run_tasks(config, build_shard, calls, draw)}
+    shards = [built[name_shard(shard)] for shard in range(count)]
+    dropped = codes.facts["rows"] - sum(shard.entry.rows for shard in shards)
+    progress("build", count, count, f"{dropped} rows of repeated ids left out" if dropped else "shards")
+    return shards
 
 
 def _count_shards(config: BuildConfig, codes: Card, codebook: Codebook) -> int:
@@ -243,19 +249,6 @@ def _run_tasks(
 
 def _draw(progress: Progress, what: str, before: int, total: int, done: int) -> None:
     progress(what, before + done, total, "shards" if what == "build" else "files")
-
-
-def _note(folder: Folder, name: str, made_by: str) -> BuiltShard | None:
-    if not folder.exists(f"{name}.note.json"):
-        return None
-    try:
-        built = BuiltShard.model_validate(folder.read_json(f"{name}.note.json"))
-        for entry in (built.entry.index, built.entry.payload, built.entry.vectors):
-            if entry:
-                folder.check(entry)
-    except (ValidationError, ArtefactError):
-        return None
-    return built if built.made_by == made_by else None
 
 
 def _describe(

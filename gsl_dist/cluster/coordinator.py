@@ -3,11 +3,15 @@
 Each worker opens a meeting by the same key and then posts its answers; when all have answered, the coordinator
 thinks, and everyone gets its next question, or the trained codebook. What travels are statistics and one bounded
 sample; what comes back is the codebook, once to each node: a question lies in Ray's object store for all to read.
+
+Of many workers the answers stay where they are, and tasks join them, some at a time, until few enough are left for the
+coordinator: what it takes in and holds grows neither with the corpus nor with the workers.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +30,16 @@ from gsl_dist.quantizers import (
     coordinate,
     make_quantizer,
 )
-from gsl_dist.quantizers.coordinate import Coordination
+from gsl_dist.quantizers.coordinate import Asked, Coordination, join_answers
+
+FAN_IN = 8
+"""So many answers are taken in by one process."""
+# Everyone waits in a call of its own for the next question.
+_MOST_WORKERS = 1 << 16
 
 Step = Ask | Trained
+Collect = Callable[[Asked, list[Any]], Awaitable[list[Any]]]
+"""Makes the answers of all workers those that are thought about."""
 
 
 @dataclass(frozen=True)
@@ -65,35 +76,34 @@ class Seat:
             remark: whether the first worker notes every iteration for the driver, as its phase and `Turn`.
         """
         quantizer = make_quantizer(agenda.quantizer, agenda.dim)
-        step = self._read(self.coordinator.open.remote(self.attempt, key, self.workers, agenda))
+        [shared], is_crowded = ray.get(self.coordinator.open.remote(self.attempt, key, self.workers, agenda))
+        step: Step = ray.get(shared)
         while isinstance(step, Ask):
             if remark and step.turn and self.rank == 0:
                 self.coordinator.remark.remote((step.phase, step.turn))
             given = answer(step, rows, quantizer)
-            step = self._read(self.coordinator.post.remote(key, self.rank, given))
-        return step
-
-    def _read(self, reply: Any) -> Step:
-        [shared] = ray.get(reply)
-        step: Step = ray.get(shared)
+            # In a list, or Ray would hand over what it refers to.
+            given = [ray.put(given)] if is_crowded else given
+            [shared] = ray.get(self.coordinator.post.remote(key, self.rank, given))
+            step = ray.get(shared)
         return step
 
 
 class Meeting:
     """One training of one codebook: collects an answer from every worker, then goes one step on."""
 
-    def __init__(self, coordination: Coordination, workers: int) -> None:
-        self._coordination, self._workers = coordination, workers
+    def __init__(self, coordination: Coordination, workers: int, collect: Collect) -> None:
+        self._coordination, self._workers, self._collect = coordination, workers, collect
         self._answers: dict[int, Any] = {}
         self._next: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
-        self.first: Step = next(coordination)
+        self.first = self._last = next(coordination)
 
     async def post(self, rank: int, given: Any) -> Step:
         """Hand in an answer and wait for the next question."""
         self._answers[rank] = given
         waiting = self._next
         if len(self._answers) == self._workers:
-            self._advance()
+            await self._advance()
         return await waiting
 
     def abandon(self) -> None:
@@ -101,35 +111,42 @@ class Meeting:
         if not self._next.done():
             self._next.cancel()
 
-    def _advance(self) -> None:
+    async def _advance(self) -> None:
         ordered = [self._answers[rank] for rank in sorted(self._answers)]
         waiting, self._next = self._next, asyncio.get_running_loop().create_future()
         self._answers = {}
         try:
-            waiting.set_result(self._coordination.send(ordered))
+            self._last = self._coordination.send(await self._collect(self._last.what, ordered))
+            waiting.set_result(self._last)
         except StopIteration as end:
             waiting.set_result(end.value)
-        except GslError as error:
+        except (GslError, ray.exceptions.RayError) as error:
             waiting.set_exception(error)
 
 
 class Coordinator:
-    """The shell around meetings; it also collects remarks on progress for the driver."""
+    """The shell around meetings; it also collects remarks on progress for the driver.
 
-    def __init__(self) -> None:
+    Args:
+        fan_in: so many workers hand their answers in; of more, answers are joined on the way.
+    """
+
+    def __init__(self, fan_in: int) -> None:
+        self._fan_in = fan_in
         self._attempt, self._meetings, self._remarks = "", {}, []  # type: ignore[var-annotated]
         self._shared: tuple[Step | None, Any] = None, None
 
-    async def open(self, attempt: str, key: int, workers: int, agenda: Agenda) -> list[Any]:
-        """Open or join the meeting `key`, and give a reference to its first question."""
+    async def open(self, attempt: str, key: int, workers: int, agenda: Agenda) -> tuple[list[Any], bool]:
+        """Open or join the meeting `key`; give a reference to its first question, and whether answers are joined."""
         if attempt != self._attempt:
             # The workers were restarted: those still waiting in older meetings are dead.
             for meeting in self._meetings.values():
                 meeting.abandon()
             self._attempt, self._meetings = attempt, {}
         if key not in self._meetings:
-            self._meetings = {key: Meeting(agenda.begin(), workers)}
-        return self._share(self._meetings[key].first)
+            collect = self._join_shared if workers > self._fan_in else _take_given
+            self._meetings = {key: Meeting(agenda.begin(), workers, collect)}
+        return self._share(self._meetings[key].first), workers > self._fan_in
 
     async def post(self, key: int, rank: int, given: Any) -> list[Any]:
         """Hand in an answer to the last question of a meeting and wait for a reference to the next."""
@@ -143,6 +160,14 @@ class Coordinator:
         """Give what was noted since the last call."""
         taken, self._remarks = self._remarks, []
         return taken
+
+    async def _join_shared(self, what: Asked, answers: list[Any]) -> list[Any]:
+        join = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_join)
+        shared = [reference for [reference] in answers]
+        while len(shared) > self._fan_in:
+            starts = range(0, len(shared), self._fan_in)
+            shared = [join.remote(what, *shared[start : start + self._fan_in]) for start in starts]
+        return list(await asyncio.gather(*shared))
 
     def _share(self, step: Step) -> list[Any]:
         if step is not self._shared[0]:
@@ -168,4 +193,12 @@ def check_rows(corpus_rows: int, lloyd: LloydConfig, quantizer: Quantizer) -> No
 
 def start_coordinator() -> Any:
     """Start a coordinator as an actor; it ends with the last handle to it."""
-    return ray.remote(num_cpus=0, max_concurrency=1000)(Coordinator).remote()
+    return ray.remote(num_cpus=0, max_concurrency=_MOST_WORKERS)(Coordinator).remote(FAN_IN)
+
+
+async def _take_given(what: Asked, answers: list[Any]) -> list[Any]:
+    return answers
+
+
+def _join(what: Asked, *answers: Any) -> Any:
+    return join_answers(what, answers)

@@ -20,12 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from gsl_dist.artefact import Card, find_finished, load_codebook, open_card, publish_card
 from gsl_dist.cluster.codebook import check_lengths
 from gsl_dist.cluster.model import check_modalities, load_encoder, pick_device, tell_path
 from gsl_dist.cluster.session import Progress, run_tasks, start_session, stay_quiet
+from gsl_dist.cluster.whole import Note, find_notes, refuse_damaged, refuse_lost
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import Batch, Corpus, CorpusConfig, open_corpus, split_rows
@@ -53,15 +54,19 @@ class EncodeConfig(Strict):
     resources: Resources = Resources()
 
 
-class ShardNote(Strict):
+class ShardNote(Note):
     """What is known of a finished shard of codes."""
 
     name: str
-    made_by: str
     rows: int
     rejects: int
     codes: FileEntry
     rejects_file: FileEntry | None = None
+
+    @property
+    def files(self) -> list[FileEntry]:
+        """List what was written."""
+        return [entry for entry in (self.codes, self.rejects_file) if entry]
 
 
 def run_encode(config: EncodeConfig, progress: Progress = stay_quiet) -> Card:
@@ -77,14 +82,16 @@ def run_encode(config: EncodeConfig, progress: Progress = stay_quiet) -> Card:
     decided = config.model_dump(mode="json", exclude={"output", "resources", "codebook", "model", "batch_rows"})
     made_by = fingerprint_config(decided, corpus.fingerprint, codebook.fingerprint, model.made_by if model else None)
     folder = Folder(config.output)
-    if done := find_finished(folder, "codes", made_by):
+    if done := find_finished(folder, "codes", made_by, verify=False):
+        refuse_damaged(folder, done.files, config.resources)
         return done
     ranges = split_rows(corpus.rows, config.shards)
-    missing = [(number, *ends) for number, ends in enumerate(ranges) if not _note(folder, number, made_by)]
+    notes = find_notes(folder, ShardNote, len(ranges), made_by, config.resources)
+    missing = [(number, *ends) for number, ends in enumerate(ranges) if number not in notes]
     if missing:
         start_session(config.resources.workers * config.resources.cpus)
-        _encode_shards(config, made_by, missing, len(ranges), progress)
-    return _publish(config, codebook, folder, made_by, [_read_note(folder, n, made_by) for n in range(len(ranges))])
+        notes |= _encode_shards(config, made_by, missing, len(ranges), progress)
+    return _publish(config, codebook, folder, made_by, [notes[number] for number in range(len(ranges))])
 
 
 class ShardEncoder:
@@ -119,7 +126,7 @@ class ShardEncoder:
             codes=folder.pin(f"{name}.parquet"),
             rejects_file=rejects_file,
         )
-        folder.write_json(f"{name}.note.json", note.model_dump(mode="json"))
+        folder.write_sealed(f"{name}.note.json", note.model_dump(mode="json"))
         return note
 
     def encode_batch(self, batch: Batch) -> pa.Table:
@@ -245,37 +252,18 @@ def _check_settings(config: EncodeConfig, corpus: Corpus, codebook: Codebook) ->
 
 def _encode_shards(
     config: EncodeConfig, made_by: str, missing: list[tuple[int, int, int]], total: int, progress: Progress
-) -> None:
+) -> dict[int, ShardNote]:
     before = total - len(missing)
     progress("encode", before, total, "shards")
 
     def draw(count: int, note: ShardNote) -> None:
         progress("encode", before + count, total, f"{note.name}: {note.rows} rows, {note.rejects} rejected")
 
-    calls = [(config.model_dump_json(), made_by, *shard) for shard in missing]
-    run_tasks(encode_shard, calls, config.resources, at_once=config.resources.workers, ended=draw)
-
-
-def _note(folder: Folder, number: int, made_by: str) -> ShardNote | None:
-    """Give the note of a finished shard; None if it is missing, of another run, or its file is not as noted."""
-    name = f"shard-{number:05d}.note.json"
-    if not folder.exists(name):
-        return None
-    try:
-        note = ShardNote.model_validate(folder.read_json(name))
-        folder.check(note.codes)
-    except (ValidationError, ArtefactError):
-        return None
-    return note if note.made_by == made_by else None
-
-
-def _read_note(folder: Folder, number: int, made_by: str) -> ShardNote:
-    if note := _note(folder, number, made_by):
-        return note
-    # A card without this shard would be whole, and rows would be gone.
-    raise ArtefactError(
-        folder.path(f"shard-{number:05d}.note.json"), "the shard was written, but is not as it was noted"
-    )
+    # What was written was read again to be pinned, and is checked once more by whoever opens it.
+    text = config.model_dump_json()
+    calls = [(text, made_by, *shard) for shard in missing]
+    written = run_tasks(encode_shard, calls, config.resources, at_once=config.resources.workers, ended=draw)
+    return {number: note for (number, *_), note in zip(missing, written, strict=True)}
 
 
 def _publish(config: EncodeConfig, codebook: Codebook, folder: Folder, made_by: str, notes: list[ShardNote]) -> Card:
@@ -290,7 +278,8 @@ def _publish(config: EncodeConfig, codebook: Codebook, folder: Folder, made_by: 
         "payload_columns": list(config.corpus.payload_columns),
         "encoder_path": tell_path(config.model) if config.model else None,
     }
-    files = [entry for note in notes for entry in (note.codes, note.rejects_file) if entry]
+    files = [entry for note in notes for entry in note.files]
+    refuse_lost(folder, files)
     dumped = json.loads(config.model_dump_json())
     return publish_card(folder, Card(kind="codes", made_by=made_by, files=files, config=dumped, facts=facts))
 

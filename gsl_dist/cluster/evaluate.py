@@ -28,6 +28,7 @@ from gsl_dist.errors import ArtefactError, ConfigError
 from gsl_dist.evaluate import evaluate_map, quantization_error, rank_exact, recall_at
 from gsl_dist.hits import Effort, Hits
 from gsl_dist.index.manifest import Manifest, open_version, version_folder
+from gsl_dist.index.overlay import read_schema
 from gsl_dist.index.search import LocalSearcher, check_queries, open_searcher
 from gsl_dist.storage import Folder, split_location
 
@@ -104,7 +105,7 @@ def run_evaluate(config: EvaluateConfig, progress: Progress = stay_quiet) -> dic
         measured["recall_by_probes"] = _recall_by_probes(config, searcher, vectors_QD, truth)
         measured["recall_at_10_vs_exact"] = measured["recall_by_probes"][-1]["recall_at_10"]
     progress("evaluate", 3, 3, "done")
-    folder.write_json(name, measured | {"config": json.loads(config.model_dump_json()), "made_by": made_by})
+    folder.write_sealed(name, measured | {"config": json.loads(config.model_dump_json()), "made_by": made_by})
     return measured
 
 
@@ -113,9 +114,9 @@ def find_measured(folder: Folder, name: str, made_by: str) -> dict[str, Any] | N
     if not folder.exists(name):
         return None
     try:
-        found = folder.read_json(name)
+        found = folder.read_sealed(name)
     except ArtefactError:
-        return None  # cut short by no crash of ours: it is measured again
+        return None  # damaged by no crash of ours: it is measured again
     if not isinstance(found, dict) or found.get("made_by") != made_by:
         return None
     return {key: value for key, value in found.items() if key not in ("config", "made_by")}
@@ -173,13 +174,13 @@ def _rank_items(queries_QD: FloatArray, items: Items, k: int, metric: str) -> Hi
 
 def _read_labels(config: EvaluateConfig, manifest: Manifest) -> tuple[IdArray, IdArray]:
     folder, parts = version_folder(Folder(config.index), manifest.version), []
+    names = read_schema(folder, manifest).names if manifest.shards[0].payload else []
     for shard in manifest.shards:
-        names = pq.read_schema(folder.open(shard.payload.name)).names if shard.payload else []
         if shard.payload is None or config.label_column not in names:
             known = ", ".join(names) or "no columns"
             raise ConfigError("label_column", config.label_column, f"the payload of {manifest.version} has {known}")
-        folder.check(shard.payload)
-        parts.append(pq.read_table(folder.open(shard.payload.name), columns=["id", config.label_column]))
+        with folder.held(shard.payload) as path:
+            parts.append(pq.read_table(path, columns=["id", config.label_column]))
     ids = np.concatenate([part["id"].to_numpy() for part in parts])
     labels = np.concatenate([part[config.label_column].to_numpy() for part in parts])
     order = np.argsort(ids)

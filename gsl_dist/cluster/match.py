@@ -21,22 +21,23 @@ from typing import Any, Literal
 import faiss
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from gsl_dist.artefact import Card, find_finished, publish_card
 from gsl_dist.cluster.asked import Asked, CorpusQueries, OwnQueries, Queries, gather_rows, measure_queries
 from gsl_dist.cluster.session import Progress, run_tasks, start_session, stay_quiet
+from gsl_dist.cluster.whole import Note, find_notes, refuse_damaged, refuse_lost
 from gsl_dist.codebook import IdArray
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
 from gsl_dist.data import CorpusConfig, split_rows
-from gsl_dist.data.tables import ParquetFile
-from gsl_dist.errors import ArtefactError, ConfigError, QueryError
+from gsl_dist.errors import ConfigError, QueryError
 from gsl_dist.filters import list_columns, parse_where
 from gsl_dist.hits import NO_ID, Effort, Hits, cut_within, show_distances
 from gsl_dist.index.answers import Form, drop_own, make_schema, make_table, read_pairs
 from gsl_dist.index.bulk import CodedSearch, ExactSearch, measure_batch, measure_shard, plan_passes
 from gsl_dist.index.groups import find_groups
 from gsl_dist.index.manifest import Manifest, open_version, version_folder
+from gsl_dist.index.overlay import read_schema
 from gsl_dist.index.search import MAX_K, check_effort
 from gsl_dist.index.sweep import UNSWEPT, suits_sweep
 from gsl_dist.storage import FileEntry, Folder
@@ -102,17 +103,21 @@ class MatchTask(Strict):
         return Effort(self.k, self.probes, self.refine, None, self.config.where)
 
 
-class ShardNote(Strict):
+class ShardNote(Note):
     """What is known of a finished shard of answers; `full`: queries with as many hits as were wanted."""
 
     name: str
-    made_by: str
     rows: int
     hits: int
     full: int
     rejects: int
     file: FileEntry
     rejects_file: FileEntry | None = None
+
+    @property
+    def files(self) -> list[FileEntry]:
+        """List what was written."""
+        return [entry for entry in (self.file, self.rejects_file) if entry]
 
 
 def run_match(config: MatchConfig, progress: Progress = stay_quiet) -> Card:
@@ -128,15 +133,16 @@ def run_match(config: MatchConfig, progress: Progress = stay_quiet) -> Card:
     queries = open_queries(config, manifest)
     task = settle_task(config, manifest, queries)
     folder = Folder(config.output)
-    if done := find_finished(folder, "match", task.made_by):
+    if done := find_finished(folder, "match", task.made_by, verify=False):
+        refuse_damaged(folder, done.files, config.resources)
         return done
     ranges = split_rows(queries.rows, config.shards)
-    missing = [(number, *ends) for number, ends in enumerate(ranges) if not _note(folder, number, task.made_by)]
+    notes = find_notes(folder, ShardNote, len(ranges), task.made_by, config.resources)
+    missing = [(number, *ends) for number, ends in enumerate(ranges) if number not in notes]
     if missing:
         start_session(config.resources.workers * config.resources.cpus)
-        _match_shards(task, missing, len(ranges), progress)
-    notes = [_read_note(folder, number, task.made_by) for number in range(len(ranges))]
-    return _publish(task, manifest, notes, progress)
+        notes |= _match_shards(task, missing, len(ranges), progress)
+    return _publish(task, manifest, [notes[number] for number in range(len(ranges))], progress)
 
 
 def open_queries(config: MatchConfig, manifest: Manifest) -> Queries:
@@ -220,7 +226,7 @@ class Matcher:
             file=folder.pin(f"{name}.parquet"),
             rejects_file=rejects_file,
         )
-        folder.write_json(f"{name}.note.json", note.model_dump(mode="json"))
+        folder.write_sealed(f"{name}.note.json", note.model_dump(mode="json"))
         return note
 
     def find(self, asked: Asked) -> Hits:
@@ -278,9 +284,7 @@ def _check_within(within: float, metric: str) -> None:
 
 def _check_columns(config: MatchConfig, manifest: Manifest) -> None:
     """Let a filter pass whose columns are there; their types are checked by who reads them."""
-    entry = manifest.shards[0].payload
-    folder = version_folder(Folder(config.index), manifest.version)
-    known = ParquetFile(folder, entry.name).schema.names if entry else ["id"]
+    known = read_schema(version_folder(Folder(config.index), manifest.version), manifest).names
     for name in sorted(list_columns(parse_where(config.where)) - set(known)):
         raise QueryError(f"where.{name}", name, f"the columns of this version are {', '.join(known)}")
 
@@ -301,37 +305,19 @@ def _suits_sweep(config: MatchConfig, manifest: Manifest, effort: Effort) -> boo
     return suits_sweep(manifest, config.batch_rows * (effort.probes or 0) / manifest.lists)
 
 
-def _match_shards(task: MatchTask, missing: list[tuple[int, int, int]], total: int, progress: Progress) -> None:
+def _match_shards(
+    task: MatchTask, missing: list[tuple[int, int, int]], total: int, progress: Progress
+) -> dict[int, ShardNote]:
     before, resources = total - len(missing), task.config.resources
     progress("match", before, total, "shards")
 
     def draw(count: int, note: ShardNote) -> None:
         progress("match", before + count, total, f"{note.name}: {note.rows} queries, {note.hits} hits")
 
-    calls = [(task.model_dump_json(), *shard) for shard in missing]
-    run_tasks(match_shard, calls, resources, at_once=resources.workers, ended=draw)
-
-
-def _note(folder: Folder, number: int, made_by: str) -> ShardNote | None:
-    """Give the note of a finished shard; None if it is missing, of another run, or its file is not as noted."""
-    name = f"shard-{number:05d}.note.json"
-    if not folder.exists(name):
-        return None
-    try:
-        note = ShardNote.model_validate(folder.read_json(name))
-        for entry in filter(None, (note.file, note.rejects_file)):
-            folder.check(entry)
-    except (ValidationError, ArtefactError):
-        return None
-    return note if note.made_by == made_by else None
-
-
-def _read_note(folder: Folder, number: int, made_by: str) -> ShardNote:
-    if note := _note(folder, number, made_by):
-        return note
-    raise ArtefactError(
-        folder.path(f"shard-{number:05d}.note.json"), "the shard was written, but is not as it was noted"
-    )
+    text = task.model_dump_json()
+    calls = [(text, *shard) for shard in missing]
+    written = run_tasks(match_shard, calls, resources, at_once=resources.workers, ended=draw)
+    return {number: note for (number, *_), note in zip(missing, written, strict=True)}
 
 
 def _publish(task: MatchTask, manifest: Manifest, notes: list[ShardNote], progress: Progress) -> Card:
@@ -341,7 +327,8 @@ def _publish(task: MatchTask, manifest: Manifest, notes: list[ShardNote], progre
     facts |= {"version": manifest.version, "metric": manifest.metric, "codebook_fingerprint": manifest.fingerprint}
     facts |= {"k": config.k, "probes": task.probes, "refine": task.refine, "is_swept": task.is_swept}
     facts["shards"] = [{"name": note.name, "rows": note.rows} for note in notes]
-    files = [entry for note in notes for entry in (note.file, note.rejects_file) if entry]
+    files = [entry for note in notes for entry in note.files]
+    refuse_lost(folder, files)
     if config.groups:
         progress("groups", 0, 1, f"{facts['hits']} pairs")
         facts |= write_groups(folder, [note.file.name for note in notes], config.form)

@@ -38,10 +38,11 @@ class QueryEncoder:
     """
 
     def __init__(self, index: str, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._encoder, self._card = load_encoder(
-            version_folder(Folder(index), manifest.version).child("model").location
-        )
+        self._manifest, folder = manifest, version_folder(Folder(index), manifest.version)
+        # The card of a model vouches for its files, and the version for the card.
+        for entry in manifest.model:
+            folder.check(entry)
+        self._encoder, self._card = load_encoder(folder.child("model").location)
         self._shape, self._modalities = tuple(self._card.facts["item_shape"]), read_modalities(self._card)
         self._image = None
         if len(self._shape) == _IMAGE_AXES:

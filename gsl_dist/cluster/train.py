@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
 from gsl_dist.artefact import Card, find_finished, open_card
+from gsl_dist.cluster.checkpoint import read_state, write_state
 from gsl_dist.cluster.compress import compress_encoder, plan_model
 from gsl_dist.cluster.coordinator import Agenda, Seat, check_rows, start_coordinator
 from gsl_dist.cluster.model import pick_device, save_model
@@ -60,7 +60,6 @@ from gsl_dist.sampling import check_batches, check_meetings, plan_epoch, plan_ne
 from gsl_dist.snap import SnapConfig, SnappingLayer
 from gsl_dist.storage import Folder
 
-_STATE = "state.pt"
 _START_ROWS = 16_384
 
 
@@ -408,7 +407,7 @@ def _lead(encoder: Encoder, config: TrainConfig) -> Progression | None:
 def _restore(training: Training) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            training.load_state(torch.load(Path(folder) / _STATE, map_location="cpu", weights_only=True))
+            training.load_state(read_state(folder))
 
 
 def _refresh(training: Training, config: TrainConfig, rows: TrainingSet, seat: Seat) -> Trained:
@@ -446,7 +445,7 @@ def _report(training: Training, seat: Seat) -> None:
         return
     seat.coordinator.remark.remote(record)
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(training.state(), Path(folder) / _STATE)
+        write_state(folder, training.state())
         ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
@@ -455,7 +454,7 @@ def _publish(
 ) -> Card:
     training = make_training(config, rows)
     with result.checkpoint.as_directory() as kept:
-        training.load_state(torch.load(Path(kept) / _STATE, map_location="cpu", weights_only=True))
+        training.load_state(read_state(kept))
     snapped = config.snap.variant != "none"
     facts = {
         "item_shape": list(corpus.item_shape),

@@ -82,7 +82,7 @@ def run_tune(config: TuneConfig, progress: Progress = stay_quiet) -> dict[str, A
     if config.output:
         folder, name = split_location(config.output)
         dumped = json.loads(config.model_dump_json())
-        folder.write_json(name, shown | {"points": curve, "config": dumped, "made_by": made_by})
+        folder.write_sealed(name, shown | {"points": curve, "config": dumped, "made_by": made_by})
     return shown | _choose(config, points) | {"points": curve}
 
 

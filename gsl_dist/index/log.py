@@ -3,7 +3,8 @@
     <index>/log/0000000000000042-9f86d081-6a09e667f3bcc908b2fb1366ea957d3e.arrow    number, writer, digest of a commit
 
 A commit is a file of its own, on the disk as a whole before anybody is told that it is written; so a log can lie
-wherever versions can, and nothing of it is ever half there. Two writers that take the same number by mistake both
+wherever versions can, and nothing of it is ever half there. Numbers follow on one another and on that of the version
+they lie over, so that a commit that is gone is missed. Two writers that take the same number by mistake both
 stay, in the order of their names. A row is one write of one item: `upsert` gives it a vector and a payload, `payload`
 other values in some columns, `delete` ends it. What rows say of columns is JSON, so that a log outlives versions with
 other columns; vectors are those of one space, and a log whose space is not that of a version does not lie over it.
@@ -62,9 +63,15 @@ class WriteLog:
         self._folder, self._writer = index.child(LOG), uuid.uuid4().hex[:8]
         self.last = max((number for number, _ in self._list()), default=0)
 
-    def append(self, writes: Sequence[Write], space: str) -> int:
-        """Write a commit and give its number, once it is where no crash undoes it."""
-        number = self.last + 1
+    def append(self, writes: Sequence[Write], space: str, after: int = 0) -> int:
+        """Write a commit and give its number, once it is where no crash undoes it.
+
+        Args:
+            writes: what was written.
+            space: of their vectors.
+            after: the last commit that the version holds, which may have been forgotten here.
+        """
+        number = max(self.last, after) + 1
         sink = io.BytesIO()
         table = _tabulate(writes).replace_schema_metadata({"space": space})
         with pa.ipc.new_file(sink, table.schema) as stream:
@@ -78,10 +85,14 @@ class WriteLog:
         """Give the commits with a higher number, in their order.
 
         Raises:
-            ArtefactError: one cannot be read, or is about vectors of another space.
+            ArtefactError: one is missing, cannot be read, or is about vectors of another space.
         """
+        last = after
         for number, name in self._list():
+            if number > last + 1:
+                raise ArtefactError(self._folder.path(name), f"commit {last + 1} should lie before it and is missing")
             if number > after:
+                last = number
                 yield number, self._read_commit(name, space)
 
     def forget(self, until: int) -> int:

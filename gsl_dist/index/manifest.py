@@ -1,6 +1,6 @@
 """An index is a folder of immutable versions and one small pointer to the version that is served.
 
-    <index>/CURRENT.json                       {"version": "..."}
+    <index>/CURRENT.json                       {"version": "...", "digest": "..."}
     <index>/versions/<version>/manifest.json   written last: no manifest, no version
     <index>/versions/<version>/codebook.safetensors
     <index>/versions/<version>/shard-00000.faiss, payload-00000.parquet, ...
@@ -148,7 +148,7 @@ def publish_version(index: Folder, manifest: Manifest) -> None:
     if folder.exists(MANIFEST):
         raise BadInput("version", manifest.version, "a version is immutable and this one exists; choose another name")
     content = manifest.model_dump(mode="json")
-    folder.write_json(MANIFEST, content | {"digest": _digest(content)})
+    folder.write_sealed(MANIFEST, content)
 
 
 def note_points(index: Folder, manifest: Manifest, points: list[Point]) -> Manifest:
@@ -159,7 +159,7 @@ def note_points(index: Folder, manifest: Manifest, points: list[Point]) -> Manif
     """
     noted = open_version(index, manifest.version).model_copy(update={"points": points})
     content = noted.model_dump(mode="json")
-    version_folder(index, manifest.version).write_json(MANIFEST, content | {"digest": _digest(content)})
+    version_folder(index, manifest.version).write_sealed(MANIFEST, content)
     return noted
 
 
@@ -177,9 +177,9 @@ def current_version(index: Folder) -> str | None:
     """
     if not index.exists(POINTER):
         return None
-    content = index.read_json(POINTER)
+    content = index.read_sealed(POINTER, always=False)
     version = content.get("version") if isinstance(content, dict) else None
-    if not isinstance(version, str) or not re.fullmatch(VERSION_NAME, version):
+    if not isinstance(version, str) or len(content) > 1 or not re.fullmatch(VERSION_NAME, version):
         raise ArtefactError(index.path(POINTER), "it does not name a version; promoting one mends it")
     return version
 
@@ -202,14 +202,12 @@ def open_version(index: Folder, version: str | None = None) -> Manifest:
     folder = version_folder(index, name)
     if not folder.exists(MANIFEST):
         raise BadInput("version", name, f"{index.path()} has no such version; versions here: {known}", status=404)
-    content = folder.read_json(MANIFEST)
     try:
-        wanted = content.pop("digest")
-        manifest = Manifest.model_validate(content)
-    except (ValidationError, KeyError, AttributeError, TypeError) as error:
+        manifest = Manifest.model_validate(folder.read_sealed(MANIFEST))
+    except ValidationError as error:
         raise ArtefactError(folder.path(MANIFEST), f"it is not a manifest ({type(error).__name__})") from error
-    if _digest(content) != wanted or manifest.version != name:
-        raise ArtefactError(folder.path(MANIFEST), "its content differs from the digest recorded when it was written")
+    if manifest.version != name:
+        raise ArtefactError(folder.path(MANIFEST), f"its name differs: it is that of version {manifest.version}")
     return manifest
 
 
@@ -237,7 +235,7 @@ def promote_version(index: Folder, version: str) -> Manifest:
         BadInput: there is no such version.
     """
     manifest = open_version(index, version)
-    index.write_json(POINTER, {"version": version})
+    index.write_sealed(POINTER, {"version": version})
     return manifest
 
 
@@ -260,7 +258,3 @@ def verify_version(index: Folder, version: str | None = None) -> list[ArtefactEr
         if fault.path not in {known.path for known in faults}:
             faults.append(fault)
     return faults
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """Queries held out and their true neighbours, kept beside the versions, to see how well a service answers.
 
-    <index>/sample/<version>.arrow    vector, ids and distances of the k nearest, a row a query
+    <index>/sample/<version>-<digest>.arrow    vector, ids and distances of the k nearest, a row a query
 
 `gsl tune` leaves them; a router asks a few of them now and then and tells the share of true neighbours it found. They
 are those of the rows that the version was made of: where rows were written over it since, `lay_over` says what is true
@@ -11,7 +11,9 @@ now, since new rows are measured exactly.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +26,7 @@ from gsl_dist.index.overlay import Overlay
 from gsl_dist.storage import Folder
 
 SAMPLE = "sample"
+_DIGITS = 32
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,28 @@ def keep_sample(index: Folder, version: str, sample: Sample) -> None:
     sink, table = io.BytesIO(), pa.table(columns)
     with pa.ipc.new_file(sink, table.schema) as stream:
         stream.write_table(table)
-    index.child(SAMPLE).write_bytes(f"{version}.arrow", sink.getvalue())
+    folder, before = index.child(SAMPLE), _list_names(index, version)
+    name = f"{version}-{_digest(sink.getvalue())}.arrow"
+    folder.write_bytes(name, sink.getvalue())
+    for other in before:
+        if other != name:
+            folder.delete(other)
 
 
 def read_sample(index: Folder, version: str) -> Sample | None:
     """Give the sample of a version, if one was left.
 
     Raises:
-        ArtefactError: it cannot be read.
+        ArtefactError: it is damaged, or is no sample.
     """
-    folder, name = index.child(SAMPLE), f"{version}.arrow"
-    if not folder.exists(name):
+    folder, names = index.child(SAMPLE), _list_names(index, version)
+    if not names:
         return None
+    name, content = names[0], folder.read_bytes(names[0])
+    if name != f"{version}-{_digest(content)}.arrow":
+        raise ArtefactError(folder.path(name), "its content differs from the digest in its name")
     try:
-        with pa.ipc.open_file(pa.py_buffer(folder.read_bytes(name))) as stream:
+        with pa.ipc.open_file(pa.py_buffer(content)) as stream:
             table = stream.read_all()
         table.validate(full=True)
         queries, ids, distances = (np.array(table[name].to_pylist()) for name in ("vector", "ids", "distances"))
@@ -80,3 +91,12 @@ def read_sample(index: Folder, version: str) -> Sample | None:
     except (pa.ArrowException, ValueError, KeyError, AssertionError) as error:
         raise ArtefactError(folder.path(name), f"it is no sample of queries ({error})") from error
     return Sample(queries.astype(np.float32), truth)
+
+
+def _list_names(index: Folder, version: str) -> list[str]:
+    names = index.child(SAMPLE).names(suffix=".arrow")
+    return [name for name in names if re.fullmatch(rf"{re.escape(version)}-[0-9a-f]{{{_DIGITS}}}\.arrow", name)]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:_DIGITS]

@@ -9,13 +9,14 @@ In each iteration the codebook goes to every worker and statistics come back: 8 
 and in the phase of the cells `measure_cells` says how much. The sample has 16 rows for each centroid, and two where
 there are many. With mini-batches a part of the rows answers for the cells in each iteration, another one every time,
 until all have had their turn; a row's number says which part it belongs to, so that it does not matter who holds it.
+Answers can be joined on their way, so that one place need not take in those of all workers.
 """
 
 # Shapes: N rows of one worker, D dims, C cells, W workers
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,10 +27,13 @@ from torch import Tensor
 from gsl_dist.codebook import Codebook, FloatArray, IdArray
 from gsl_dist.errors import DataError
 from gsl_dist.quantizers.base import LloydConfig, Quantizer
-from gsl_dist.quantizers.kmeans import MANY, Stats, add_stats, revive_dead
+from gsl_dist.quantizers.kmeans import MANY, Stats, add_stats, join_stats, revive_dead
 
 _SEEDS_PER_CENTROID, _SEEDS_OF_MANY, _MIN_SEEDS, _MOST_CODEWORDS = 16, 2, 8192, 256
 _SUM_ROWS, _SHAKE, _STRIDE = 1 << 16, 0.3, 1.8
+
+Asked = Literal["sample", "stats", "moments"]
+"""What workers are asked for."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Ask:
         turn: the iteration; None where all rows are meant.
     """
 
-    what: Literal["sample", "stats", "moments"]
+    what: Asked
     codebook: Codebook
     phase: str
     lloyd: LloydConfig
@@ -185,6 +189,16 @@ def answer(ask: Ask, rows: Rows, quantizer: Quantizer) -> Any:
     if ask.what == "sample":
         return _take_sample(rows, _count_seeds(quantizer.min_rows, ask.phase))
     return _sum_moments(rows.x_ND)
+
+
+def join_answers(what: Asked, answers: Sequence[Any]) -> Any:
+    """Make one answer of those of several workers in the order of their ranks: it tells the coordinator the same."""
+    if what == "stats":
+        return join_stats(answers)
+    if what == "sample":
+        return np.concatenate(answers)
+    counts, sums, squares = zip(*answers, strict=True)
+    return sum(counts), np.sum(sums, axis=0), sum(squares)
 
 
 def train_codebook(

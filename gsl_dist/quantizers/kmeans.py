@@ -89,6 +89,21 @@ def add_stats(parts: Sequence[Stats | Touched]) -> Stats:
     return Stats(counts_K[None], sums_Kd[None], sum(part.error for part in parts), sum(part.rows for part in parts))
 
 
+def join_stats(parts: Sequence[Stats | Touched]) -> Stats | Touched:
+    """Give the statistics of the rows of all parts as one of their kind: adding it is adding them."""
+    touched = [part for part in parts if isinstance(part, Touched)]
+    if not touched:
+        return add_stats(parts)
+    touched_T, places = np.unique(np.concatenate([part.touched_T for part in touched]), return_inverse=True)
+    counts_T, sums_Td = np.zeros(len(touched_T), np.int64), np.zeros((len(touched_T), touched[0].sums_Td.shape[1]))
+    ends = np.cumsum([len(part.touched_T) for part in touched])[:-1]
+    for part, places_t in zip(touched, np.split(places, ends), strict=True):
+        counts_T[places_t] += part.counts_T
+        sums_Td[places_t] += part.sums_Td
+    error, rows = sum(part.error for part in touched), sum(part.rows for part in touched)
+    return Touched(touched_T, counts_T, sums_Td, touched[0].words, error, rows)
+
+
 def find_nearest(x_GNd: Tensor, centroids_GKd: Tensor) -> tuple[Tensor, Tensor]:
     """Give each row its nearest centroid in every group; ties go to the lowest index.
 

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from gsl_dist.config import Strict
 from gsl_dist.errors import ArtefactError, ConfigError, Denied
@@ -78,9 +78,11 @@ def read_tokens(location: str) -> list[Token]:
     """
     folder, name = split_location(location)
     try:
-        content = folder.read_json(name)
+        content = folder.read_sealed(name, always=False)
+        if list(content) != ["tokens"]:
+            raise ValueError("it holds something else")
         return [Token.model_validate(token) for token in content["tokens"]]
-    except (ValidationError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ArtefactError(location, f"it is no token file ({type(error).__name__}); gsl token makes one") from error
 
 
@@ -95,4 +97,4 @@ def add_token(location: str, token: Token) -> None:
     tokens = read_tokens(location) if folder.exists(name) else []
     if any(known.name == token.name for known in tokens):
         raise ConfigError("name", token.name, f"{location} has a token of that name; choose another")
-    folder.write_json(name, {"tokens": [known.model_dump() for known in [*tokens, token]]})
+    folder.write_sealed(name, {"tokens": [known.model_dump() for known in [*tokens, token]]})

@@ -182,8 +182,8 @@ class Router:
                 if not waiting:
                     continue
                 try:
-                    space = self._served.manifest.space
-                    seq = await asyncio.to_thread(self._log.append, writes, space)
+                    space, after = self._served.manifest.space, self._served.overlay.seq
+                    seq = await asyncio.to_thread(self._log.append, writes, space, after)
                     # A version that takes over meanwhile reads the log anew, under the lock of commits.
                     await self._served.tell(self._served.overlay.apply(writes, seq))
                     self.meters.tell_writes(self.overlay)

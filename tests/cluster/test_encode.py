@@ -171,10 +171,15 @@ def test_rows_that_wait_for_their_group_share_one_buffer():
     assert not any(place == array.ctypes.data for place, array in zip(places, arrays, strict=True))
 
 
-def test_a_shard_whose_note_is_gone_is_an_error_and_no_fewer_rows(ray_session, world, monkeypatch):
-    monkeypatch.setattr(encode, "_encode_shards", lambda *arguments: None)
-    with pytest.raises(
-        ArtefactError, match=r"shard-00000\.note\.json: the shard was written, but is not as it was noted"
-    ):
+def test_a_shard_that_is_gone_is_an_error_and_no_fewer_rows(ray_session, world, monkeypatch):
+    write = encode._encode_shards
+
+    def lose(*arguments):
+        notes = write(*arguments)
+        Folder(world / "codes").delete("shard-00000.parquet")
+        return notes
+
+    monkeypatch.setattr(encode, "_encode_shards", lose)
+    with pytest.raises(ArtefactError, match=r"shard-00000\.parquet: it was written, but is not there any more"):
         run_encode(settings(world))
     assert not Folder(world / "codes").exists("codes.json")

@@ -5,6 +5,7 @@ import pytest
 from corpora import write_vectors
 
 from gsl_dist.cluster import codebook as stage
+from gsl_dist.cluster import coordinator
 from gsl_dist.cluster.codebook import CodebookConfig, load_codebook, run_codebook
 from gsl_dist.config import check_config
 from gsl_dist.data.corpus import Batch, Reject
@@ -37,6 +38,17 @@ def test_two_workers_train_the_cells_that_one_does_and_the_driver_sees_every_ite
     once = [(phase, done, 4) for phase in ("cells", "books") for done in range(1, 5)]
     assert [drawn[:3] for drawn in seen if drawn[0] in ("cells", "books")] == 2 * once
     assert all("quantization error 0." in drawn[3] for drawn in seen if drawn[:2] == ("books", 4))
+
+
+@pytest.mark.ray
+def test_many_workers_whose_answers_are_joined_train_what_one_does(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr(coordinator, "FAN_IN", 2)
+    write_vectors(tmp_path / "corpus.parquet", rows=600)
+    for workers in (1, 5):
+        run_codebook(settings(tmp_path, f"by-{workers}", resources={"workers": workers, "cpus": 0.5}))
+    one, many = (load_codebook(str(tmp_path / f"by-{workers}")) for workers in (1, 5))
+    np.testing.assert_allclose(one.coarse, many.coarse, atol=1e-5)
+    np.testing.assert_allclose(one.books, many.books, atol=1e-5)
 
 
 @pytest.mark.parametrize(

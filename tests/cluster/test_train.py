@@ -13,7 +13,7 @@ from gsl_dist.cluster.train import EpochBatches, TrainConfig, mine_rows, run_tra
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import check_config
 from gsl_dist.encoders import HeadConfig, make_encoder
-from gsl_dist.errors import ConfigError, DataError
+from gsl_dist.errors import ArtefactError, ConfigError, DataError
 from gsl_dist.fit import Diverged, embed
 from gsl_dist.losses import NeighbourConfig, level_rows
 from gsl_dist.quantizers import LloydConfig, ProductConfig, make_quantizer, train_codebook
@@ -168,6 +168,22 @@ def test_divergence_names_the_last_good_checkpoint(ray_session, tmp_path):
         train({**settings(tmp_path), "encoder": encoder})
     state = torch.load(Path(error.value.checkpoint) / "state.pt", weights_only=True)
     assert [record["epoch"] for record in state["history"]] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["state.pt", "state.json", "checkpoint_manager_snapshot.json"])
+def test_a_damaged_checkpoint_is_named_and_never_gone_on_from(ray_session, tmp_path, name):
+    arguments = {"width": 16, "dim": 8, "at_step": 22}
+    encoder = {"kind": "module", "target": "doomed:Poisoned", "arguments": arguments, "dim": 8}
+    tree = {**settings(tmp_path), "encoder": encoder}
+    with pytest.raises(Diverged) as error:
+        train(tree)
+    place = Path(error.value.checkpoint)
+    path = next(folder / name for folder in (place, place.parent) if (folder / name).exists())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x80
+    path.write_bytes(content)
+    with pytest.raises(ArtefactError, match=name):
+        train(tree)
 
 
 TAUGHT = {"rounds": 0, "last_steps": 30, "learning_rate": 3e-3, "batch_rows": 128}

@@ -141,6 +141,14 @@ def test_a_pointer_out_of_the_folder_is_refused(index):
         open_version(index)
 
 
+def test_a_pointer_that_names_another_version_than_was_promoted_is_refused(index):
+    make_index(index.location, rows=60, shards=2, seed=5, version="v2")
+    path = Path(index.path(POINTER))
+    path.write_text(path.read_text().replace('"v2"', '"v1"'))
+    with pytest.raises(ArtefactError, match=r"CURRENT\.json: its content differs"):
+        open_version(index)
+
+
 def test_promoting_mends_a_damaged_pointer(index):
     Path(index.path(POINTER)).write_text("{")
     promote_version(index, "v1")

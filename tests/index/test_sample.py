@@ -32,10 +32,19 @@ def test_a_sample_comes_back_as_it_was_left(tmp_path):
 def test_a_damaged_sample_is_named(tmp_path):
     index = Folder(str(tmp_path))
     keep_sample(index, "v1", SAMPLE)
-    path = tmp_path / "sample" / "v1.arrow"
+    [path] = (tmp_path / "sample").iterdir()
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ArtefactError, match=r"v1\.arrow"):
+    with pytest.raises(ArtefactError, match=path.name):
         read_sample(index, "v1")
+
+
+def test_a_sample_takes_the_place_of_the_one_before_and_of_no_other_versions(tmp_path):
+    index = Folder(str(tmp_path))
+    other = Sample(QUERIES[:2], Hits(NEAR[:2], SAMPLE.truth.distances[:2], 1, 1, "v1"))
+    for version, sample in (("v1-b", SAMPLE), ("v1", SAMPLE), ("v1", other)):
+        keep_sample(index, version, sample)
+    assert [len(read_sample(index, version).queries_QD) for version in ("v1", "v1-b")] == [2, 6]
+    assert len(list((tmp_path / "sample").iterdir())) == 2
 
 
 def test_what_is_true_after_writes_is_what_all_rows_say(tmp_path):

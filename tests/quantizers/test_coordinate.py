@@ -16,13 +16,15 @@ from gsl_dist.quantizers import (
     OptimizedConfig,
     ProductConfig,
     answer,
+    cells,
     coordinate,
     decode,
+    kmeans,
     make_quantizer,
     train_codebook,
 )
 from gsl_dist.quantizers.coordinate import shake_books
-from gsl_dist.quantizers.kmeans import Stats, update_centroids
+from gsl_dist.quantizers.kmeans import Stats, Touched, join_stats, update_centroids
 
 SHAPES = [(1, False), (6, True), (6, False)]
 every_shape = pytest.mark.parametrize(("cells", "residual"), SHAPES, ids=["flat", "residual", "cells"])
@@ -129,6 +131,54 @@ def test_the_sample_is_bounded_and_the_same_however_rows_are_divided():
     ]
     assert np.array_equal(*samples) and len(samples[0]) == 8192
     assert samples[0][[0, -1], 0].tolist() == [0, 19_999]
+
+
+@every_kind
+def test_answers_that_are_joined_on_their_way_train_the_same_codebook(kind):
+    x, quantizer = make_rows(), make_kind(kind, cells=5)
+    shares = share_rows(x, [0, 10, 100, 250, 251, 400, 520, 600])
+    plain, joined = (drive(quantizer, shares, LLOYD, fan_in=fan_in)[0] for fan_in in (None, 2))
+    for name, array in plain.codebook.arrays().items():
+        np.testing.assert_allclose(array, joined.codebook.arrays()[name], atol=1e-5)
+    assert joined.relative_error == pytest.approx(plain.relative_error, rel=1e-5)
+
+
+def test_statistics_of_many_cells_stay_sparse_when_they_are_joined(monkeypatch):
+    monkeypatch.setattr(kmeans, "MANY", 16)
+    monkeypatch.setattr(cells, "MANY", 16)
+    x, quantizer = make_rows(), make_pq(cells=40)
+    shares, whole_rows = share_rows(x, [0, 100, 250, 400, 600]), share_rows(x, [0, 600])
+    ask = next(ask for ask in drive(quantizer, shares, LLOYD)[1] if ask.what == "stats")
+    [whole], parts = ([answer(ask, rows, quantizer) for rows in held] for held in (whole_rows, shares))
+    joined = join_stats(parts)
+    assert isinstance(joined, Touched) and np.array_equal(joined.touched_T, whole.touched_T)
+    assert np.array_equal(joined.counts_T, whole.counts_T) and joined.rows == whole.rows == 600
+    np.testing.assert_allclose(joined.sums_Td, whole.sums_Td, rtol=1e-9)
+
+
+@every_kind
+def test_what_the_coordinator_sends_and_takes_in_is_the_same_of_ten_times_the_rows(kind):
+    quantizer, seen = make_kind(kind, cells=5), {}
+    for rows in (9_000, 90_000):
+        sizes = []
+        drive(quantizer, share_rows(make_rows(rows), [0, rows // 2, rows]), LLOYD, sizes=sizes)
+        seen[rows] = {
+            (what, name): max(size[place] for size in sizes if size[0] == what)
+            for what in ("moments", "sample", "stats")
+            for place, name in ((1, "sent"), (2, "taken in"))
+        }
+    assert all(size <= seen[9_000][key] + 64 for key, size in seen[90_000].items())
+
+
+@pytest.mark.parametrize("workers", [9, 64])
+def test_joined_on_their_way_answers_of_any_number_of_workers_are_as_much_to_take_in(workers):
+    quantizer, x, seen = make_pq(6, residual=True), make_rows(), {}
+    for count in (2, workers):
+        sizes = seen[count] = []
+        bounds = np.linspace(0, len(x), count + 1).astype(int)
+        drive(quantizer, share_rows(x, bounds), LLOYD, sizes=sizes, fan_in=2)
+    stats = {count: max(size[2] for size in sizes if size[0] == "stats") for count, sizes in seen.items()}
+    assert stats[workers] <= stats[2] + 64
 
 
 def test_too_few_rows_are_refused_however_they_are_divided():

@@ -19,7 +19,7 @@ from worlds import make_codebook, make_index, make_queries, make_vectors
 from gsl_dist.client import Client
 from gsl_dist.errors import GslError, Overloaded, QueryError
 from gsl_dist.index.log import Write, WriteLog
-from gsl_dist.index.manifest import open_version
+from gsl_dist.index.manifest import MANIFEST, open_version, publish_version, version_folder
 from gsl_dist.index.overlay import read_overlay
 from gsl_dist.index.search import open_searcher
 from gsl_dist.storage import Folder
@@ -290,6 +290,33 @@ def test_a_damaged_commit_is_named(tmp_path, harm):
     path.write_bytes(harm(path.read_bytes()))
     with pytest.raises(GslError, match=path.name):
         read_overlay(index, manifest)
+
+
+def test_a_commit_that_is_gone_is_missed(tmp_path):
+    build(tmp_path)
+    index = Folder(str(tmp_path))
+    manifest, log = open_version(index), WriteLog(index)
+    for item in (5, 6, 7):
+        log.append([Write("delete", item)], manifest.space)
+    next((tmp_path / "log").glob("*2-*.arrow")).unlink()
+    with pytest.raises(GslError, match="commit 2 should lie before it and is missing"):
+        read_overlay(index, manifest)
+
+
+def test_writes_go_on_behind_commits_that_were_forgotten(tmp_path):
+    build(tmp_path)
+    index = Folder(str(tmp_path))
+    manifest = open_version(index).model_copy(update={"log_seq": 3})
+    version_folder(index, "v1").delete(MANIFEST)
+    publish_version(index, manifest)
+    for row in range(2):
+        # Each time as after a restart, with a log in which commits 1 to 3 are no longer.
+        world = World(tmp_path)
+        with Client(world.url) as client:
+            client.upsert([1000 + row], make_vectors(1, DIM, seed=row))
+        world.stop()
+    overlay = read_overlay(index, manifest)
+    assert overlay.seq == 5 and overlay.dump()[0].tolist() == [1000, 1001]
 
 
 WRITER = """
