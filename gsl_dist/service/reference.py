@@ -133,8 +133,13 @@ def _say_kind(schema: dict[str, Any]) -> str:
     kind = " or ".join([kinds] if isinstance(kinds, str) else kinds)
     if kind == "array":
         kind = f"list of {_say_kind(schema.get('items', {}))}"
-    bounds = [f"{word} {json.dumps(schema[key])}" for key, word in _BOUNDS.items() if key in schema]
+    bounds = [f"{word} {_say_value(schema[key])}" for key, word in _BOUNDS.items() if key in schema]
     return ", ".join([kind, *bounds])
+
+
+def _say_value(value: Any) -> str:
+    # Bounds come as floats, whatever they were.
+    return f"{value:.3g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _show_route(route: Route) -> str:
