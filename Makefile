@@ -43,7 +43,7 @@ check: install  ## lint, format, types, links and the site; changes nothing
 	$(BIN)/python -m pytest -q tests/test_layout.py tests/test_shipped_configs.py tests/test_docs.py
 
 docs: install  ## build the site into build/site, which is read without a server
-	$(MKDOCS) build --quiet
+	$(MKDOCS) build --strict
 
 docs-serve: install  ## show the site at http://127.0.0.1:8001, built anew when a page changes
 	$(MKDOCS) serve --dev-addr 127.0.0.1:8001

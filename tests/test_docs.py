@@ -12,10 +12,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import gsl_dist
-from gsl_dist.config import Strict
+from gsl_dist.config import Strict, check_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -67,6 +68,23 @@ def is_made(page, target):
     return place.startswith("docs/reference/") or place == "docs/deploy.md"
 
 
+def list_configs():
+    """Configs that pages show whole: those of the page of a stage, and others that say which file they are."""
+    for page in PAGES:
+        for text in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            named = re.match(r"# configs/\w+/(\w+)\.yaml\n", text)
+            stage = named[1] if named else page.stem if page.parent.name == "stages" else None
+            if stage in STAGES:
+                yield pytest.param(stage, text, id=f"{page.stem}: {text.splitlines()[0]}")
+
+
+@pytest.mark.parametrize(("stage", "text"), list_configs())
+def test_a_config_that_a_page_shows_loads_into_its_stage(stage, text):
+    pytest.importorskip("ray")
+    kind = getattr(importlib.import_module(f"gsl_dist.cluster.{stage}"), f"{stage.capitalize()}Config")
+    assert check_config(kind, yaml.safe_load(text))
+
+
 def test_pages_point_at_no_server_by_an_insecure_or_local_address():
     shown = {str(page.relative_to(ROOT)): [link for link in list_links(page) if ":" in link] for page in PAGES}
     assert {
@@ -99,11 +117,20 @@ def site(tmp_path_factory):
     pytest.importorskip("material", reason="the extra docs is not installed")
     pytest.importorskip("ray")
     place = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(place)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(place)]
     how = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(command, cwd=ROOT, env=how, capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout + ran.stderr) == (0, "")
+    assert ran.returncode == 0, ran.stderr
     return {path.relative_to(place).as_posix(): Page(path) for path in place.rglob("*.html")} | {"": place}
+
+
+def open_maker(name):
+    """Import a module of docs/site, as mkdocs does."""
+    sys.path.insert(0, str(ROOT / "docs" / "site"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 def list_pages(site):
@@ -143,6 +170,13 @@ def test_formulas_are_markup_that_needs_no_script(site):
         assert "merror" not in built.tags and not [text for text in built.text if "$`" in text]
 
 
+@pytest.mark.parametrize("text", [r"\frac{1", r"\unheard x", r"\operatorname*{arg\,max}_c"])
+def test_a_formula_that_would_be_shown_as_it_is_written_is_refused(text):
+    exceptions = pytest.importorskip("mkdocs.exceptions", reason="the extra docs is not installed")
+    with pytest.raises(exceptions.PluginError, match="cannot be shown"):
+        open_maker("formulas").show_formula(text)
+
+
 def test_every_page_of_results_is_in_the_menu_without_being_listed(site):
     there = {page.with_suffix(".html").name for page in (ROOT / "docs" / "results").glob("*.md")} - {"README.html"}
     assert there and there <= set(site["results/index.html"].links)
@@ -160,6 +194,16 @@ def test_every_page_has_one_title_and_is_reached_from_the_first(site):
         }
         open_pages += [place for place in found if place in pages and place not in seen]
     assert seen == set(pages)
+
+
+def test_a_page_of_results_that_no_list_names_is_listed_by_its_title(tmp_path):
+    (tmp_path / "README.md").write_text("# Results\n\n- [Second](b.md)\n")
+    for name, title in {"a": "First", "b": "Second", "c": "Third"}.items():
+        (tmp_path / f"{name}.md").write_text(f"# {title}\n")
+    results = open_maker("results")
+    assert results.list_pages(tmp_path) == ["README.md", "b.md", "a.md", "c.md"]
+    listed = results.add_missing((tmp_path / "README.md").read_text(), tmp_path)
+    assert listed == "# Results\n\n- [Second](b.md)\n- [First](a.md)\n- [Third](c.md)\n"
 
 
 def read_schema(model):
@@ -197,11 +241,7 @@ def test_every_config_model_of_the_package_is_reached_from_a_stage(site):
 
 
 def test_every_setting_says_what_it_means():
-    sys.path.insert(0, str(ROOT / "docs" / "site"))
-    try:
-        settings = importlib.import_module("settings")
-    finally:
-        sys.path.pop(0)
+    settings = open_maker("settings")
     models = [*settings.list_models().values(), *settings.list_groups()]
     silent = {
         f"{model.__name__}.{name}"

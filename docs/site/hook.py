@@ -44,5 +44,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links out of docs/ lead to where the site has those files."""
-    return outside.turn_links(markdown, page.file.src_uri, Path(config.docs_dir))
+    """Let links out of docs/ lead to where the site has those files, and list all results."""
+    docs = Path(config.docs_dir)
+    if page.file.src_uri == results.FIRST:
+        markdown = results.add_missing(markdown, docs / "results")
+    return outside.turn_links(markdown, page.file.src_uri, docs)

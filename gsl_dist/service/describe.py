@@ -47,7 +47,7 @@ _SEARCH = _object(
             description="raw items for the encoder: files in base64, numbers in lists, or "
             "objects with either for each modality",
         ),
-        "k": {**_COUNT, "default": Effort().k},
+        "k": {**_COUNT, "default": Effort().k, "description": "hits wanted for each query"},
         "probes": {**_COUNT, "description": "lists to look into; by default 16 cells, or every one"},
         "refine": {
             **_COUNT,

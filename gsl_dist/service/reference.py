@@ -8,6 +8,7 @@ module knows nothing of the routes but the document.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -18,6 +19,8 @@ from gsl_dist.service.console import guard_page
 
 _PAGE = Path(__file__).with_name("reference.html")
 _JSON = "application/json"
+_LARGEST = float(2**63 - 1)
+"""Bounds all integers of 64 bits: nothing that has to be said."""
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "default": "by default"}
 
 
@@ -133,13 +136,13 @@ def _say_kind(schema: dict[str, Any]) -> str:
     kind = " or ".join([kinds] if isinstance(kinds, str) else kinds)
     if kind == "array":
         kind = f"list of {_say_kind(schema.get('items', {}))}"
-    bounds = [f"{word} {_say_value(schema[key])}" for key, word in _BOUNDS.items() if key in schema]
-    return ", ".join([kind, *bounds])
+    bounds = [(word, schema[key]) for key, word in _BOUNDS.items() if key in schema]
+    return ", ".join([kind, *(f"{word} {_say_value(value)}" for word, value in bounds if value != _LARGEST)])
 
 
 def _say_value(value: Any) -> str:
     # Bounds come as floats, whatever they were.
-    return f"{value:.3g}" if isinstance(value, float) else json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _show_route(route: Route) -> str:
@@ -154,9 +157,13 @@ def _show_route(route: Route) -> str:
     return f"<section>{''.join(parts)}</section>"
 
 
+def _show_text(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
 def _show_body(title: str, body: Body) -> str:
     rows = "".join(
-        f"<tr><td><code>{row.name}</code>{' *' if row.is_needed else ''}<td>{row.kind}<td>{escape(row.about)}"
+        f"<tr><td><code>{row.name}</code>{' *' if row.is_needed else ''}<td>{row.kind}<td>{_show_text(row.about)}"
         for row in body.rows
     )
     kinds = ", ".join(f"<code>{kind}</code>" for kind in body.kinds)

@@ -50,6 +50,11 @@ def test_rows_say_what_a_field_may_be_and_whether_it_must_be_there():
     )
 
 
+def test_a_bound_that_every_integer_keeps_is_not_told(document):
+    [fetch] = [route for route in read_routes(document) if route.path == "/v1/items/fetch"]
+    assert fetch.body.rows[0] == Row("ids", "list of integer, at least 0", "", True)
+
+
 def test_examples_are_what_their_schemas_allow(document):
     for methods in document["paths"].values():
         for said in methods.values():
