@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 import yaml
+from browsers import start_browser
 from typer.testing import CliRunner
 
 import gsl_dist
@@ -180,6 +181,23 @@ def test_a_formula_that_would_be_shown_as_it_is_written_is_refused(text):
 def test_every_page_of_results_is_in_the_menu_without_being_listed(site):
     there = {page.with_suffix(".html").name for page in (ROOT / "docs" / "results").glob("*.md")} - {"README.html"}
     assert there and there <= set(site["results/index.html"].links)
+
+
+def test_a_site_on_a_disk_can_be_searched(site):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    with start_browser() as browser:
+        browser.get((site[""] / "index.html").as_uri())
+        field = browser.find_element("css selector", ".md-search__input")
+        WebDriverWait(browser, 20).until(lambda _: field.is_displayed())
+        field.click()
+        field.send_keys("keep_vectors")
+
+        def read_hits(_):
+            return [hit.text for hit in browser.find_elements("css selector", ".md-search-result__item")]
+
+        hits = WebDriverWait(browser, 20).until(read_hits)
+    assert any("keep_vectors" in hit for hit in hits)
 
 
 def test_every_page_has_one_title_and_is_reached_from_the_first(site):

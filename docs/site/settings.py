@@ -118,7 +118,7 @@ def write_page() -> str:
         level = "##" if name in STAGES else "###"
         parts.append(f"{level} {name} {{#{name}}}\n\n{_tell_file(name)}\n")
         parts.append(_tell_model(model) + write_table(model, groups, name))
-    parts.append("## In several stages\n\nGroups of settings, by the key that they stand under.\n")
+    parts.append("## Groups of settings\n\nBy the key that they stand under.\n")
     for model, group in groups.items():
         users = ", ".join(f"[{user}](#{user})" for user in group.users)
         parts.append(f"### {group.title} {{#{group.anchor}}}\n\n{_tell_model(model)}Used by {users}.\n")
@@ -160,7 +160,7 @@ def say_default(field: FieldInfo) -> str:
     if isinstance(default, BaseModel):
         given = {key: getattr(default, key) for key in sorted(default.model_fields_set)}
         return f"`{json.dumps(given)}`" if given else "its defaults"
-    return f"`{json.dumps(default)}`"
+    return f"`{default if isinstance(default, str) and default else json.dumps(default)}`"
 
 
 def say_about(field: FieldInfo) -> str:
