@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 # The CPU build of torch, where the package index has one; any version in the range of pyproject.toml will do.
 TORCH ?= torch==2.13.0
 FAISS ?= cpu
+# Material would print a page about plans of MkDocs.
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow check fix bench peers corrupt experiments results clean
+.PHONY: help install demo test test-fast test-slow check docs docs-serve fix bench corrupt peers experiments results clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,11 +36,17 @@ test-fast: install  ## run the tests that need no Ray
 test-slow: install  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow
 
-check: install  ## lint, format and types; changes nothing
+check: install  ## lint, format, types, links and the site; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_layout.py tests/test_shipped_configs.py
+	$(BIN)/python -m pytest -q tests/test_layout.py tests/test_shipped_configs.py tests/test_docs.py
+
+docs: install  ## build the site into build/site, which is read without a server
+	$(MKDOCS) build --strict
+
+docs-serve: install  ## show the site at http://127.0.0.1:8001, built anew when a page changes
+	$(MKDOCS) serve --dev-addr 127.0.0.1:8001
 
 fix: install  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

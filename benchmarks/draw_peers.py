@@ -38,11 +38,11 @@ def main() -> None:
         return
     lines = ["# Beside other systems, on real vectors\n"]
     lines += ["`benchmarks/peers.py`, drawn by `make results`; what it says of the claims is in"]
-    lines += ["[the list of claims](index.md). One core; a time is the least of the rounds, in which all contenders"]
+    lines += ["[the list of claims](indexes.md). One core; a time is the least of the rounds, in which all contenders"]
     lines += ["take turns. `kept` is what an index must hold for an item, its id apart.\n"]
     for data, curves in found.items():
         lines += draw_data(data, curves)
-    Folder(DOCS).write_bytes("index.md", ("\n".join(list_claims(found, RESULTS)) + "\n").encode())
+    Folder(DOCS).write_bytes("indexes.md", ("\n".join(list_claims(found, RESULTS)) + "\n").encode())
     Folder(DOCS).write_bytes("peers.md", ("\n".join(lines) + "\n").encode())
 
 

@@ -42,7 +42,7 @@ SHOWN = {
     "usage": "code entropy, share of the most",
 }
 OTHERS = {
-    "index.md": "What indexes were to reach",
+    "indexes.md": "What indexes were to reach",
     "peers.md": "Beside other systems, on real vectors",
     "plan.md": "Plans for large corpora",
     "scale.md": "How stages scale, and what a thousand machines would do",

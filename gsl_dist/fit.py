@@ -66,13 +66,13 @@ class FitConfig(Strict):
     samples_per_class: int | None = Field(
         default=None, ge=2, description="rows of each class in a batch; None: as drawn"
     )
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, description="at first; it falls as half a cosine")
     proxy_learning_rate: float = Field(default=1e-2, gt=0, description="for the parameters of the loss, if it has any")
-    weight_decay: float = Field(default=1e-4, ge=0)
+    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled from the gradient")
     views: int = Field(
         default=0, ge=0, description="times the last codebook sees each row, with dropout; 0: once, as it is encoded"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of everything drawn")
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> FitConfig:

@@ -37,7 +37,7 @@ class TripletConfig(Strict):
     """
 
     kind: Literal["triplet"]
-    margin: float = Field(default=0.2, gt=0)
+    margin: float = Field(default=0.2, gt=0, description="how much farther off a negative should be")
     mining: Literal["hardest", "all"] = Field(
         default="hardest", description="of each row the farthest positive with the nearest negative, or every triplet"
     )
@@ -47,7 +47,7 @@ class ProxyConfig(Strict):
     """Softmax over cosines to one learned proxy a class, divided by `temperature`; the mean is over all rows."""
 
     kind: Literal["proxy"]
-    temperature: float = Field(default=0.1, gt=0)
+    temperature: float = Field(default=0.1, gt=0, description="of the softmax over cosines")
 
 
 class PairwiseConfig(Strict):
@@ -57,7 +57,7 @@ class PairwiseConfig(Strict):
     """
 
     kind: Literal["pairwise"]
-    margin: float = Field(default=0.8, gt=0)
+    margin: float = Field(default=0.8, gt=0, description="how far off other labels should be")
 
 
 class NeighbourConfig(Strict):

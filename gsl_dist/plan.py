@@ -97,12 +97,12 @@ class Costs(Strict):
 class Task(Strict):
     """What is to be planned."""
 
-    rows: int = Field(ge=1_000, le=10**12)
-    dim: int = Field(ge=1, le=65_536)
-    code_bytes: int = Field(ge=1, le=4_096)
+    rows: int = Field(ge=1_000, le=10**12, description="of the corpus")
+    dim: int = Field(ge=1, le=65_536, description="dimensions of a vector")
+    code_bytes: int = Field(ge=1, le=4_096, description="of an item")
     recall: float = Field(default=0.9, gt=0, lt=1, description="share of true neighbours in the lists looked into")
-    k: int = Field(default=10, ge=1)
-    machines: int = Field(default=1, ge=1)
+    k: int = Field(default=10, ge=1, description="hits of a query")
+    machines: int = Field(default=1, ge=1, description="that the index is spread over")
     cores: int = Field(default=2, ge=1, description="of each machine")
     memory_gb: float = Field(default=16.0, gt=0, description="of each machine")
     vectors: int = Field(default=0, ge=0, le=4, description="bytes kept of each dimension: 0, 1 (int8) or 2 (float16)")

@@ -76,14 +76,18 @@ class SnapConfig(Strict):
     """How gradients are bent toward codewords; `variant: none` leaves them alone."""
 
     variant: Literal["none", "project", "norm", "clamp", "rescale", "blend", "add", "spring", "penalty", "surgery"] = (
-        "add"
+        Field(default="add", description="how the gradient is bent, or which loss stands in its place")
     )
     neighbours: int = Field(default=4, ge=1, description="k nearest codewords to choose from in each block")
     beta: float = Field(default=0.5, ge=0, description="strength of add; share of project in blend (at most 1)")
     step: float = Field(default=1.0, gt=0, description="assumed step in y, for clamp")
     weight: float = Field(default=0.1, ge=0, description="of the quantization loss, for spring, penalty and surgery")
-    fallback: Literal["pass", "zero", "widen", "orthogonal"] = "pass"
-    forward: Literal["identity", "decoded"] = "identity"
+    fallback: Literal["pass", "zero", "widen", "orthogonal"] = Field(
+        default="pass", description="what goes on where no codeword lies downhill"
+    )
+    forward: Literal["identity", "decoded"] = Field(
+        default="identity", description="what the loss is given: the representation, or what its code stands for"
+    )
 
     @model_validator(mode="after")
     def _blend_is_share(self) -> SnapConfig:

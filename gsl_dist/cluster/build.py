@@ -51,8 +51,8 @@ _LEAST_ROOM = 4 << 20
 class BuildConfig(Strict):
     """Builds a version of an index from a folder of codes."""
 
-    codes: Location
-    codebook: Location
+    codes: Location = Field(description="the folder of codes to build from")
+    codebook: Location = Field(description="the codebook folder that the codes were made with")
     model: Location | None = Field(default=None, description="the encoder that queries pass through; it is copied")
     index: Location = Field(description="the index folder; it may hold other versions")
     version: str | None = Field(default=None, pattern=f"^{VERSION_NAME}$", description="None: named after its content")
@@ -78,7 +78,7 @@ class BuildConfig(Strict):
         ge=64,
         description="what the rows of one task may take, libraries and codebook apart; reading alone takes 48",
     )
-    promote: bool = True
+    promote: bool = Field(default=True, description="let it be the version that is served next")
     resources: Resources = Resources()
 
     @property

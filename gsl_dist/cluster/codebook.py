@@ -41,7 +41,9 @@ class CodebookConfig(Strict):
     """Gives the codebook of an index: the network's own, or one fitted to a corpus."""
 
     output: Location = Field(description="the codebook folder to make")
-    source: Literal["trained", "fitted"] = "trained"
+    source: Literal["trained", "fitted"] = Field(
+        default="trained", description="the codebook that the network landed on, or one fitted to a corpus"
+    )
     model: Location | None = Field(default=None, description="the model folder; None: the corpus holds vectors")
     corpus: CorpusConfig | None = Field(default=None, description="what to fit to, for `fitted`")
     quantizer: QuantizerConfig | None = Field(default=None, description="the shape, for `fitted`")
@@ -51,7 +53,7 @@ class CodebookConfig(Strict):
     )
     lloyd: LloydConfig = LloydConfig()
     ranked: RankedConfig | None = Field(default=None, description="teach a fitted codebook to rank; None: leave it")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of everything drawn")
     resources: Resources = Resources()
 
     @model_validator(mode="after")

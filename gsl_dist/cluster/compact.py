@@ -51,14 +51,14 @@ _CHUNK_ROWS = 65_536
 class CompactConfig(Strict):
     """Makes the next version of an index from one that is there, what was written over it, and codes to add."""
 
-    index: Location
+    index: Location = Field(description="the index folder")
     version: str | None = Field(default=None, description="the version to start from; None: the promoted one")
     name: str | None = Field(default=None, pattern=f"^{VERSION_NAME}$", description="None: named after its content")
     codes: Location | None = Field(default=None, description="codes whose rows are added; None: what was written alone")
     duplicates: Literal["refuse", "replace"] = Field(
         default="refuse", description="codes of an id that the version has: an error, or they take its place"
     )
-    promote: bool = True
+    promote: bool = Field(default=True, description="let it be the version that is served next")
     forget: bool = Field(default=False, description="remove commits of the write log that no version needs any more")
     resources: Resources = Resources()
 

@@ -45,11 +45,11 @@ class EncodeConfig(Strict):
     """Encodes a corpus into shards of codes."""
 
     corpus: CorpusConfig
-    codebook: Location
+    codebook: Location = Field(description="the codebook folder")
     model: Location | None = Field(default=None, description="the model folder; None: the corpus holds vectors")
     output: Location = Field(description="the folder of codes to make")
-    shards: int = Field(default=1, ge=1, le=100_000)
-    batch_rows: int = Field(default=1024, ge=1)
+    shards: int = Field(default=1, ge=1, le=100_000, description="slices of the corpus: tasks and files")
+    batch_rows: int = Field(default=1024, ge=1, description="rows that pass through the encoder together")
     keep_vectors: bool = Field(default=False, description="keep representations too, as float16")
     resources: Resources = Resources()
 

@@ -38,7 +38,7 @@ _TIMED_QUERIES = 200
 class EvaluateConfig(Strict):
     """Measures a version with held-out queries."""
 
-    index: Location
+    index: Location = Field(description="the index folder")
     version: str | None = Field(default=None, description="None: the promoted one")
     queries: CorpusConfig
     codes: Location | None = Field(default=None, description="codes with vectors kept, for exact search and float mAP")

@@ -48,7 +48,7 @@ GROUPS = "groups.parquet"
 class MatchConfig(Strict):
     """Finds the nearest items of a version for every row of a corpus, or for its own items."""
 
-    index: Location
+    index: Location = Field(description="the index folder")
     version: str | None = Field(default=None, description="None: the promoted one")
     queries: CorpusConfig | None = Field(description="what to look for; null: the version's own items, each but itself")
     output: Location = Field(description="the folder of answers to make")

@@ -39,8 +39,8 @@ class EntryConfig(Strict):
     """What the process takes that starts a job and waits for it; the work is done in Ray's workers."""
 
     cpus: float | None = Field(default=None, ge=0, description="logical cores; None: it is placed where there is room")
-    gpus: float | None = Field(default=None, ge=0)
-    memory_gb: float | None = Field(default=None, gt=0)
+    gpus: float | None = Field(default=None, ge=0, description="GPUs; None: none")
+    memory_gb: float | None = Field(default=None, gt=0, description="memory to reserve; None: none")
     resources: dict[str, float] = Field(default={}, description="what else the cluster counts: {head: 1}")
 
 

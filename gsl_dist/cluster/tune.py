@@ -44,7 +44,7 @@ _SAMPLE_QUERIES, _SAMPLE_K = 200, 10
 class TuneConfig(Strict):
     """Measures the recall and latency of a version, and keeps the curve in its manifest."""
 
-    index: Location
+    index: Location = Field(description="the index folder")
     version: str | None = Field(default=None, description="None: the promoted one")
     queries: CorpusConfig = Field(description="queries held out, not in the index")
     corpus: CorpusConfig | None = Field(
@@ -52,7 +52,7 @@ class TuneConfig(Strict):
     )
     k: tuple[int, ...] = Field(default=(10,), min_length=1, description="neighbours; a query takes the next larger k")
     target: float = Field(default=0.95, gt=0, le=1, description="the recall whose setting is shown")
-    sample_queries: int = Field(default=1000, ge=1)
+    sample_queries: int = Field(default=1000, ge=1, description="queries to measure with, at most")
     output: Location | None = Field(default=None, description="a JSON file for the whole curve; None: manifest alone")
     resources: Resources = Resources()
 

@@ -73,7 +73,9 @@ class CorpusConfig(Strict):
     """
 
     path: Location = Field(description="a file or folder, local or a URI that pyarrow.fs understands")
-    format: Literal["auto", "parquet", "arrow", "npy", "fvecs", "bvecs", "images"] = "auto"
+    format: Literal["auto", "parquet", "arrow", "npy", "fvecs", "bvecs", "images"] = Field(
+        default="auto", description="of the files; auto: as their names end"
+    )
     id_column: str | None = Field(default=None, description="integers >= 0; None: the number of the row is its id")
     vector_column: str | None = Field(default=None, description="lists of floats; tables have this or image_column")
     image_column: str | None = Field(default=None, description="encoded bytes, or Hugging Face's struct of bytes, path")

@@ -31,8 +31,8 @@ class MlpConfig(Strict):
     """A perceptron for vectors (images are flattened)."""
 
     kind: Literal["mlp"]
-    dim: int = Field(default=64, ge=1)
-    hidden: tuple[int, ...] = (256,)
+    dim: int = Field(default=64, ge=1, description="numbers of a representation")
+    hidden: tuple[int, ...] = Field(default=(256,), description="widths of the hidden layers")
     dropout: float = Field(
         default=0.0,
         ge=0,
@@ -40,7 +40,7 @@ class MlpConfig(Strict):
         description="share of inputs and hidden units left out in a step; drawn by each worker for its rows",
     )
     input_dropout: float | None = Field(default=None, ge=0, lt=1, description="of inputs; None: as `dropout`")
-    normalize: bool = True
+    normalize: bool = Field(default=True, description="bring representations to length 1")
 
 
 class HeadConfig(Strict):
@@ -52,20 +52,20 @@ class HeadConfig(Strict):
     kind: Literal["head"]
     dim: int | None = Field(default=None, ge=1, description="at most that of the vectors; None: the same")
     hidden: tuple[int, ...] = Field(default=(256,), description="of the perceptron; none: the linear map alone")
-    normalize: bool = False
+    normalize: bool = Field(default=False, description="bring representations to length 1")
 
 
 class CnnConfig(Strict):
     """A small convolutional network for small images; each stage halves the sides."""
 
     kind: Literal["cnn"]
-    dim: int = Field(default=64, ge=1)
-    channels: tuple[int, ...] = Field(default=(32, 64, 128), min_length=1)
+    dim: int = Field(default=64, ge=1, description="numbers of a representation")
+    channels: tuple[int, ...] = Field(default=(32, 64, 128), min_length=1, description="of each stage")
     depths: tuple[int, ...] | None = Field(default=None, description="convolutions of each stage; None: one each")
     grid: int = Field(
         default=4, ge=1, description="places left in each direction at the end: where a thing is counts in small images"
     )
-    normalize: bool = True
+    normalize: bool = Field(default=True, description="bring representations to length 1")
 
     @model_serializer(mode="wrap")
     def _leave_out(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -87,17 +87,17 @@ class ModuleConfig(Strict):
     """
 
     kind: Literal["module"]
-    target: str = Field(pattern=r"^[\w.]+:[\w.]+$")
-    arguments: dict[str, Any] = {}
-    dim: int = Field(ge=1)
-    normalize: bool = True
+    target: str = Field(pattern=r"^[\w.]+:[\w.]+$", description="what makes the module: package.module:callable")
+    arguments: dict[str, Any] = Field(default={}, description="what it is called with")
+    dim: int = Field(ge=1, description="numbers of a representation")
+    normalize: bool = Field(default=True, description="bring representations to length 1")
 
 
 class TableConfig(Strict):
     """No network: the vectors of the corpus are the representations already."""
 
     kind: Literal["table"]
-    normalize: bool = False
+    normalize: bool = Field(default=False, description="bring representations to length 1")
 
 
 EncoderConfig = Annotated[

@@ -51,6 +51,10 @@ from gsl_dist.errors import ConfigError
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _GUARD = 1e-7
 _ROUNDING = 1e-9
+_SELECT = "what is quantized first: the least error by the rule of the paper or of its code, any, or the largest"
+_UNIT = "what is chosen: whole filters, or single weights"
+_FROZEN = "what was quantized stays as it is"
+_FLOAT_FIRST = "a stage of the float network comes before"
 
 
 class Stage(NamedTuple):
@@ -103,10 +107,10 @@ class StochasticConfig(_StagedConfig):
     """Weights of two or three levels: stochastic quantization, unless told otherwise."""
 
     kind: Literal["binary", "ternary"]
-    select: Literal["paper", "released", "random", "magnitude"] = "paper"
-    unit: Literal["filter", "element"] = "filter"
-    frozen: bool = False
-    float_first: bool = False
+    select: Literal["paper", "released", "random", "magnitude"] = Field(default="paper", description=_SELECT)
+    unit: Literal["filter", "element"] = Field(default="filter", description=_UNIT)
+    frozen: bool = Field(default=False, description=_FROZEN)
+    float_first: bool = Field(default=False, description=_FLOAT_FIRST)
 
     @property
     def bits(self) -> int:
@@ -119,10 +123,10 @@ class IncrementalConfig(_StagedConfig):
 
     kind: Literal["power"]
     bits: int = Field(default=5, ge=2, le=8, description="of one weight; 2^(bits - 2) powers of either sign, and 0")
-    select: Literal["paper", "released", "random", "magnitude"] = "magnitude"
-    unit: Literal["filter", "element"] = "element"
-    frozen: bool = True
-    float_first: bool = True
+    select: Literal["paper", "released", "random", "magnitude"] = Field(default="magnitude", description=_SELECT)
+    unit: Literal["filter", "element"] = Field(default="element", description=_UNIT)
+    frozen: bool = Field(default=True, description=_FROZEN)
+    float_first: bool = Field(default=True, description=_FLOAT_FIRST)
 
 
 LowbitConfig = Annotated[StochasticConfig | IncrementalConfig, Field(discriminator="kind")]

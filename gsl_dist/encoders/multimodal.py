@@ -57,7 +57,7 @@ class FusionConfig(Strict):
     """One residual network for all modalities of an item, fused without parameters in the last block of each stage."""
 
     kind: Literal["asymfusion"]
-    dim: int = Field(default=64, ge=1)
+    dim: int = Field(default=64, ge=1, description="numbers of a representation")
     channels: tuple[int, ...] = Field(default=(40, 80, 160), min_length=1, description="of each stage, at least 10")
     blocks: int = Field(default=2, ge=2, description="of each stage; the first halves the sides, the last one fuses")
     sharing: Literal["weights", "all", "none"] = Field(
@@ -71,7 +71,7 @@ class FusionConfig(Strict):
         lt=1,
         description="share of items whose modalities pass alone in a step; above 0, one modality is enough later",
     )
-    normalize: bool = True
+    normalize: bool = Field(default=True, description="bring representations to length 1")
 
     @model_validator(mode="after")
     def _has_channels_to_exchange(self) -> FusionConfig:

@@ -41,7 +41,7 @@ class LineConfig(ProductConfig):
     kind: Literal["vlq"]  # type: ignore[assignment]
     cells: int = Field(default=1024, ge=2, description="C, centroids that lines go out from")
     edges: int = Field(default=32, ge=1, le=256, description="E, lines of each cell, to its nearest others")
-    residual: Literal[True] = True  # type: ignore[assignment]
+    residual: Literal[True] = Field(default=True, description="codes always stand for what is left over")  # type: ignore[assignment]
 
     @model_validator(mode="after")
     def _edges_end_somewhere(self) -> LineConfig:

@@ -46,7 +46,7 @@ class RabitConfig(Strict):
     kind: Literal["rabitq"]
     bits: int = Field(default=1, ge=1, le=4, description="bits for each dimension")
     cells: int = Field(default=1, ge=1, description="C, lists of the coarse partition")
-    residual: Literal[True] = True
+    residual: Literal[True] = Field(default=True, description="codes always stand for what is left over")
 
 
 class RabitQuantizer:

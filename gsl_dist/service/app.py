@@ -13,6 +13,7 @@
     GET  /healthz            how many shards answer, found out by searching
     GET  /metrics            figures for Prometheus
     GET  /                   the console, a page to search and to look at it all
+    GET  /docs               the same list as this, with all fields
 
 Whatever a caller gets wrong is a 4xx answer of one shape: `code`, `message`, `field`. Where a query has fewer than k
 hits, the JSON answer holds id -1 and distance null. How requests are read is for `gsl_dist.service.reading`, what is
@@ -57,6 +58,7 @@ from gsl_dist.service.reading import (
     read_word,
     read_writes,
 )
+from gsl_dist.service.reference import open_reference
 from gsl_dist.service.router import Router
 from gsl_dist.service.served import Served
 from gsl_dist.wire import HITS_TYPE, QUERY_TYPE, pack_hits, pack_table
@@ -177,12 +179,16 @@ class App(FastAPI):
 
 def create_app(desk: Desk) -> FastAPI:
     """Make the app that answers for an index folder."""
-    app = App(title="gsl_dist", description="Nearest neighbours from a few bytes an item.", version="1")
+    # The pages that FastAPI would give fetch their scripts from elsewhere.
+    pages: dict[str, Any] = {"docs_url": None, "redoc_url": None}
+    app = App(title="gsl_dist", description="Nearest neighbours from a few bytes an item.", version="1", **pages)
     _add_search(app, desk)
     _add_items(app, desk)
     _add_versions(app, desk)
     _add_compact(app, desk)
     _add_health(app, desk)
+    _add_page(app, "/", *open_console())
+    _add_page(app, "/docs", *open_reference(app.openapi()))
     _answer_errors(app)
     return app
 
@@ -328,10 +334,10 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
 
         return await desk.answer(request, "read", work)
 
-    page, headers = open_console()
 
-    @app.get("/", include_in_schema=False)
-    async def console() -> Response:
+def _add_page(app: FastAPI, path: str, page: bytes, headers: dict[str, str]) -> None:
+    @app.get(path, include_in_schema=False)
+    async def show() -> Response:
         return Response(page, media_type="text/html; charset=utf-8", headers=headers)
 
 

@@ -2,7 +2,7 @@
 
 The policy names the script and the style by their hashes, so whatever a payload smuggled into the page would stay dead
 text. Only pictures may come from elsewhere, since payloads hold their addresses. The page asks the routes of the app
-that it came from, as any client does, and knows nothing more of them.
+that it came from, as any client does, and knows nothing more of them. Other pages of the service keep the same policy.
 """
 
 from __future__ import annotations
@@ -18,23 +18,27 @@ _PAGE = Path(__file__).with_name("console.html")
 def open_console() -> tuple[bytes, dict[str, str]]:
     """Give the page and its headers."""
     text = _PAGE.read_text(encoding="utf-8")
+    script = _hash_part(text, "script")
+    return text.encode(), guard_page(text, script=script, connect="'self'", img="data: http: https:")
+
+
+def guard_page(text: str, **sources: str) -> dict[str, str]:
+    """Give the headers by which a page has its own style, what is named of other kinds, and nothing else."""
     rules = {
         "default-src": "'none'",
-        "script-src": _hash_part(text, "script"),
         "style-src": _hash_part(text, "style"),
-        "connect-src": "'self'",
-        "img-src": "data: http: https:",
+        "img-src": "data:",
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",
+        **{f"{kind}-src": allowed for kind, allowed in sources.items()},
     }
-    headers = {
+    return {
         "content-security-policy": "; ".join(f"{name} {allowed}" for name, allowed in rules.items()),
         "referrer-policy": "no-referrer",
         "x-content-type-options": "nosniff",
         "cache-control": "no-cache",
     }
-    return text.encode(), headers
 
 
 def _hash_part(text: str, tag: str) -> str:

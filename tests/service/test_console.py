@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 
 import httpx
 import numpy as np
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pytest
 
 pytest.importorskip("uvicorn")
+from browsers import start_browser
 from fleets import World
 from PIL import Image
 from worlds import make_codebook, make_index, make_queries, make_vectors
@@ -29,8 +29,6 @@ from gsl_dist.service.reading import Limits
 ROWS, BIG = 400, 2**62 + 1
 READ, ADMIN = make_token("reader", "read"), make_token("keeper", "admin")
 TRAP = '<img src="x" onerror="window.trapped = 1"><b>bold</b>'
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
 
 
 def draw_picture(row, kind="PNG"):
@@ -72,16 +70,8 @@ def test_the_service_gives_the_page_with_its_policy(tmp_path):
 
 @pytest.fixture(scope="module")
 def chromium():
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if not BROWSER or not DRIVER:
-        pytest.skip("no chromium with chromedriver on the path: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for switch in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1000"):
-        options.add_argument(switch)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield browser
-    browser.quit()
+    with start_browser() as browser:
+        yield browser
 
 
 class Visitor:
