@@ -43,6 +43,7 @@ class Card(Strict):
 
 def publish_card(folder: Folder, card: Card) -> Card:
     """Make an artefact exist, after all of its files are in place."""
+    folder.sweep()
     folder.write_json(name_card(card.kind), card.model_dump(mode="json"))
     return card
 

@@ -148,3 +148,14 @@ def test_a_folder_survives_pickling(folder):
 def test_a_location_splits_into_folder_and_name(tmp_path):
     folder, name = split_location(str(tmp_path / "a" / "b.npy"))
     assert (folder.location, name) == (str(tmp_path / "a"), "b.npy")
+
+
+def test_drafts_of_killed_writers_are_swept_and_nothing_else(folder):
+    kept = ["a.bin", "deep/b.bin", ".hidden", ".a.bin.1234"]
+    drafts = [f".a.bin.{'0f' * 16}", f"deep/.b.bin.{'a1' * 16}"]
+    for name in kept + drafts:
+        path = Path(folder.path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    folder.sweep()
+    assert everything_in(folder) == sorted(Path(name).name for name in kept)
