@@ -3,15 +3,19 @@
 Each worker opens a meeting by the same key and then posts its answers; when all have answered, the coordinator
 thinks, and everyone gets its next question, or the trained codebook. What travels are statistics and one bounded
 sample; what comes back is the codebook, once to each node: a question lies in Ray's object store for all to read.
+
+An answer depends on nothing but its question and the worker's rows. So a worker whose process was lost, and that Ray
+runs again, comes in at the question that is open; what it missed, others have answered with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gsl_dist.codebook import Codebook
 from gsl_dist.errors import ConfigError, DataError, GslError
@@ -65,52 +69,59 @@ class Seat:
             remark: whether the first worker notes every iteration for the driver, as its phase and `Turn`.
         """
         quantizer = make_quantizer(agenda.quantizer, agenda.dim)
-        step = self._read(self.coordinator.open.remote(self.attempt, key, self.workers, agenda))
+        number, step = self._read(self.coordinator.open.remote(self.attempt, key, self.workers, agenda))
         while isinstance(step, Ask):
             if remark and step.turn and self.rank == 0:
                 self.coordinator.remark.remote((step.phase, step.turn))
             given = answer(step, rows, quantizer)
-            step = self._read(self.coordinator.post.remote(key, self.rank, given))
+            number, step = self._read(self.coordinator.post.remote(key, self.rank, number, given))
         return step
 
-    def _read(self, reply: Any) -> Step:
-        [shared] = ray.get(reply)
-        step: Step = ray.get(shared)
-        return step
+    def _read(self, reply: Any) -> tuple[int, Step]:
+        number, [shared] = ray.get(reply)
+        return number, ray.get(shared)
 
 
 class Meeting:
-    """One training of one codebook: collects an answer from every worker, then goes one step on."""
+    """One training of one codebook: collects an answer from every worker, then goes one step on.
+
+    `number` and `step` are the question that is open, or in the end what was trained.
+    """
 
     def __init__(self, coordination: Coordination, workers: int) -> None:
         self._coordination, self._workers = coordination, workers
         self._answers: dict[int, Any] = {}
-        self._next: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
-        self.first: Step = next(coordination)
+        self._advanced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.number, self.step = 0, cast(Step, next(coordination))
 
-    async def post(self, rank: int, given: Any) -> Step:
-        """Hand in an answer and wait for the next question."""
+    async def post(self, rank: int, number: int, given: Any) -> None:
+        """Hand in the answer to a question and wait until there is another; one that is closed asks for no answer."""
+        if number != self.number:
+            return
         self._answers[rank] = given
-        waiting = self._next
+        waiting = self._advanced
         if len(self._answers) == self._workers:
             self._advance()
-        return await waiting
+        await asyncio.shield(waiting)
 
     def abandon(self) -> None:
         """Send everyone home: a worker of this meeting is gone."""
-        if not self._next.done():
-            self._next.cancel()
+        if not self._advanced.done():
+            self._advanced.cancel()
 
     def _advance(self) -> None:
         ordered = [self._answers[rank] for rank in sorted(self._answers)]
-        waiting, self._next = self._next, asyncio.get_running_loop().create_future()
+        waiting, self._advanced = self._advanced, asyncio.get_running_loop().create_future()
         self._answers = {}
         try:
-            waiting.set_result(self._coordination.send(ordered))
+            self.step = self._coordination.send(ordered)
         except StopIteration as end:
-            waiting.set_result(end.value)
+            self.step = end.value
         except GslError as error:
             waiting.set_exception(error)
+            return
+        self.number += 1
+        waiting.set_result(None)
 
 
 class Coordinator:
@@ -120,8 +131,8 @@ class Coordinator:
         self._attempt, self._meetings, self._remarks = "", {}, []  # type: ignore[var-annotated]
         self._shared: tuple[Step | None, Any] = None, None
 
-    async def open(self, attempt: str, key: int, workers: int, agenda: Agenda) -> list[Any]:
-        """Open or join the meeting `key`, and give a reference to its first question."""
+    async def open(self, attempt: str, key: int, workers: int, agenda: Agenda) -> tuple[int, list[Any]]:
+        """Open or join the meeting `key`, and give the question that is open: its number and a reference."""
         if attempt != self._attempt:
             # The workers were restarted: those still waiting in older meetings are dead.
             for meeting in self._meetings.values():
@@ -129,11 +140,13 @@ class Coordinator:
             self._attempt, self._meetings = attempt, {}
         if key not in self._meetings:
             self._meetings = {key: Meeting(agenda.begin(), workers)}
-        return self._share(self._meetings[key].first)
+        return self._share(self._meetings[key])
 
-    async def post(self, key: int, rank: int, given: Any) -> list[Any]:
-        """Hand in an answer to the last question of a meeting and wait for a reference to the next."""
-        return self._share(await self._meetings[key].post(rank, given))
+    async def post(self, key: int, rank: int, number: int, given: Any) -> tuple[int, list[Any]]:
+        """Hand in the answer to a question of a meeting and wait for the next: its number and a reference."""
+        meeting = self._meetings[key]
+        await meeting.post(rank, number, given)
+        return self._share(meeting)
 
     async def remark(self, remark: Any) -> None:
         """Note something for the driver."""
@@ -144,11 +157,11 @@ class Coordinator:
         taken, self._remarks = self._remarks, []
         return taken
 
-    def _share(self, step: Step) -> list[Any]:
-        if step is not self._shared[0]:
-            self._shared = step, ray.put(step)
+    def _share(self, meeting: Meeting) -> tuple[int, list[Any]]:
+        if meeting.step is not self._shared[0]:
+            self._shared = meeting.step, ray.put(meeting.step)
         # In a list, or Ray would hand over what it refers to.
-        return [self._shared[1]]
+        return meeting.number, [self._shared[1]]
 
 
 def check_rows(corpus_rows: int, lloyd: LloydConfig, quantizer: Quantizer) -> None:
@@ -167,5 +180,10 @@ def check_rows(corpus_rows: int, lloyd: LloydConfig, quantizer: Quantizer) -> No
 
 
 def start_coordinator() -> Any:
-    """Start a coordinator as an actor; it ends with the last handle to it."""
-    return ray.remote(num_cpus=0, max_concurrency=1000)(Coordinator).remote()
+    """Start a coordinator as an actor; it ends with the last handle to it.
+
+    It lives on the node of whoever starts it, without whom nothing goes on anyway: the loss of another costs a worker.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    start = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)(Coordinator)
+    return start.remote()
