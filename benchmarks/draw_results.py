@@ -46,6 +46,7 @@ OTHERS = {
     "peers.md": "Beside other systems, on real vectors",
     "plan.md": "Plans for large corpora",
     "service.md": "The service under load and under attack",
+    "chaos.md": "Faults at random moments, in every stage",
     "served-peers.md": "The service beside others, each over its own wire",
     "encoders.md": "Encoders for bulk work",
 }
