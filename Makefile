@@ -10,7 +10,7 @@ FAISS ?= cpu
 MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow check docs docs-serve fix bench corrupt peers experiments results clean
+.PHONY: help install demo test test-fast test-slow check docs docs-serve fix bench chaos corrupt peers experiments results clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -75,6 +75,12 @@ bench: install  ## measure the claims of the README, one after another
 	    OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py "$$stage" || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/simulate.py
 
+ROUNDS ?= 200
+SEED ?= 0
+MINUTES ?= 20
+chaos: install  ## strike every stage with faults, and compare what is left (ROUNDS, SEED, MINUTES; goes on where it stopped)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py --rounds $(ROUNDS) --seed $(SEED) --minutes $(MINUTES)
+
 PEERS_DATA ?= sift100k photos
 peers: install  ## measure this project beside other systems on real vectors (hours; goes on where it stopped)
 	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),dev,peers]"
@@ -100,6 +106,7 @@ results: install  ## redraw docs/results from the runs that are there
 	$(BIN)/python benchmarks/draw_service.py
 	$(BIN)/python benchmarks/draw_served.py
 	$(BIN)/python benchmarks/draw_encoders.py
+	$(BIN)/python benchmarks/draw_chaos.py
 
 clean:  ## remove what was built, the virtual environment apart
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -48,6 +48,7 @@ OTHERS = {
     "scale.md": "How stages scale, and what a thousand machines would do",
     "corruption.md": "Artefacts that are damaged",
     "service.md": "The service under load and under attack",
+    "chaos.md": "Faults at random moments, in every stage",
     "served-peers.md": "The service beside others, each over its own wire",
     "encoders.md": "Encoders for bulk work",
 }

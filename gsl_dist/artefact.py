@@ -44,6 +44,7 @@ class Card(Strict):
 
 def publish_card(folder: Folder, card: Card) -> Card:
     """Make an artefact exist, after all of its files are in place."""
+    folder.sweep()
     shown = card.model_copy(update={"config": hide_keys(card.config)})
     folder.write_sealed(name_card(card.kind), shown.model_dump(mode="json"))
     return shown

@@ -6,7 +6,8 @@ gets the same from a single upload, after which one waits until the store shows 
 SHA-256, and `check` and `held` refuse it when either differs: nothing that a version names is read before that. What
 pins others, cards, notes and manifests, is sealed: it carries a digest of its own content.
 
-A store that is slow, fails or drops connections is asked again, for some seconds; a local disk is not.
+A store that is slow, fails or drops connections is asked again, for some seconds; a local disk is not. A writer that is
+killed leaves its draft behind; whoever finishes the folder sweeps it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -35,9 +38,10 @@ from gsl_dist.errors import ArtefactError, BadInput
 
 T = TypeVar("T")
 
-_REMOTE_TRIES = 6
+_REMOTE_TRIES, _SEND_AGAIN = 6, (2, 4)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _DIGEST = "digest"
+_DRAFT = re.compile(r"\..+\.[0-9a-f]{32}")
 _CONNECT_S, _REQUEST_S, _REQUEST_TRIES = 5.0, 30.0, 4
 
 
@@ -173,8 +177,7 @@ class Folder:
                 os.replace(draft, Path(self._base) / name)
                 _sync(draft.parent)
             else:
-                self._try(lambda: fs.copy_files(str(draft), self._full(name), destination_filesystem=self._fs))
-                self._await_shown(name, draft.stat().st_size)
+                self._send(draft, name)
         finally:
             draft.unlink(missing_ok=True)
 
@@ -212,6 +215,15 @@ class Folder:
         """Remove a folder inside this one and all it holds, if it is there."""
         if self.exists(name):
             self._try(lambda: self._fs.delete_dir(self._full(name)))
+
+    def sweep(self) -> None:
+        """Remove the drafts that writers left here which were killed; there may be no other that goes on.
+
+        A process that was given up, and its work done by another, may turn out to live: it fails, and nobody waits.
+        """
+        for path in Path(self._base).rglob(".*") if self.is_local else ():
+            if _DRAFT.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def pin(self, name: str) -> FileEntry:
         """Measure a file: its size and SHA-256."""
@@ -276,13 +288,22 @@ class Folder:
         self.size(name)
         self._try(lambda: fs.copy_files(self._full(name), str(target), source_filesystem=self._fs))
 
-    def _await_shown(self, name: str, size: int) -> None:
-        # Some stores show what was written only after a while, and who writes a card next relies on it.
+    def _send(self, draft: Path, name: str) -> None:
+        size, looks = draft.stat().st_size, itertools.count()
+
+        def upload() -> None:
+            self._try(lambda: fs.copy_files(str(draft), self._full(name), destination_filesystem=self._fs))
+
+        # Some stores show what was written only after a while, and who writes a card next relies on it. And pyarrow
+        # calls an upload done of which the store refused the last part: what is not shown, or shorter, is sent again.
         def look() -> None:
             found = self._fs.get_file_info(self._full(name))
             if found.type != fs.FileType.File or found.size != size:
+                if next(looks) in _SEND_AGAIN:
+                    upload()
                 raise OSError(f"{self.path(name)} was written, but the store does not show it")
 
+        upload()
         self._try(look)
 
     def _full(self, name: str) -> str:
@@ -360,12 +381,14 @@ def find_store(location: str) -> tuple[fs.FileSystem, str]:
         return found, base
     parts = urllib.parse.urlsplit(location)
     told = dict(urllib.parse.parse_qsl(parts.query))
+    named = urllib.parse.urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
+    endpoint, scheme = told.get("endpoint_override") or named.netloc or None, told.get("scheme") or named.scheme or None
     patient = fs.S3FileSystem(
         access_key=parts.username and urllib.parse.unquote(parts.username),
         secret_key=parts.password and urllib.parse.unquote(parts.password),
         region=found.region,
-        scheme=told.get("scheme"),
-        endpoint_override=told.get("endpoint_override"),
+        scheme=scheme,
+        endpoint_override=endpoint,
         connect_timeout=_CONNECT_S,
         request_timeout=_REQUEST_S,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_TRIES),

@@ -28,6 +28,7 @@ class Faults:
         refused: the share of requests that are answered by 503.
         dropped: of those whose connection ends before an answer.
         cut: of answers that end in the middle.
+        cut_short: of uploads of which the first half is kept, and called whole.
         delay_s: how long each answer takes.
         unseen_s: how long what was written is not there for those who ask.
     """
@@ -35,6 +36,7 @@ class Faults:
     refused: float = 0.0
     dropped: float = 0.0
     cut: float = 0.0
+    cut_short: float = 0.0
     delay_s: float = 0.0
     unseen_s: float = 0.0
     met: dict[str, int] = field(default_factory=dict)
@@ -87,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command in ("GET", "HEAD") and time.monotonic() < self.server.written.get(path, 0):
             faults.met["unseen"] = faults.met.get("unseen", 0) + 1
             return self.answer(404, {}, b"<Error><Code>NoSuchKey</Code></Error>")
+        if self.command == "PUT" and len(body) > 1 and faults.draw("cut_short"):
+            body = body[: len(body) // 2]
         store = http.client.HTTPConnection("127.0.0.1", self.server.store, timeout=60)
         headers = {name: value for name, value in self.headers.items() if name.lower() != "transfer-encoding"}
         store.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})

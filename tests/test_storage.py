@@ -186,3 +186,14 @@ def test_no_message_shows_the_key_in_a_uri():
     with pytest.raises(BadInput) as caught:
         Folder("ftp://user:hush@host/index")
     assert "hush" not in str(caught.value) and "***@host" in str(caught.value)
+
+
+def test_drafts_of_killed_writers_are_swept_and_nothing_else(folder):
+    kept = ["a.bin", "deep/b.bin", ".hidden", ".a.bin.1234"]
+    drafts = [f".a.bin.{'0f' * 16}", f"deep/.b.bin.{'a1' * 16}"]
+    for name in kept + drafts:
+        path = Path(folder.path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    folder.sweep()
+    assert everything_in(folder) == sorted(Path(name).name for name in kept)

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("moto")
 pytest.importorskip("flask")
-from stores import Faults, name_place, start_store
+from stores import BUCKET, Faults, name_place, start_store
 
 from gsl_dist import storage
 from gsl_dist.cache import Cache, FileEntry
@@ -277,3 +277,27 @@ def test_what_a_killed_process_left_is_removed_in_time(tmp_path):
     os.utime(tmp_path / ".left", (time.time() - 2 * 86400,) * 2)
     hold(Cache(folder=str(tmp_path)), b"a")
     assert not (tmp_path / ".left").exists() and (tmp_path / ".new").exists()
+
+
+def test_an_upload_that_a_store_cut_short_is_sent_again(proxy, folder):
+    proxy.faults = Faults(cut_short=0.4, seed=3)
+    for number in range(12):
+        folder.write_bytes(f"{number}.bin", CONTENT[: 1000 * (number + 1)])
+    assert proxy.faults.met["cut_short"] >= 3
+    proxy.faults = Faults()
+    assert [folder.size(f"{number}.bin") for number in range(12)] == [1000 * (number + 1) for number in range(12)]
+
+
+def test_a_store_that_keeps_half_of_everything_is_an_error_and_not_a_file(proxy, folder):
+    proxy.faults = Faults(cut_short=1.0)
+    with pytest.raises(OSError, match="the store does not show it"):
+        folder.write_bytes("a.bin", CONTENT[:2000])
+
+
+def test_the_endpoint_of_the_environment_is_used_where_the_uri_names_none(proxy, monkeypatch):
+    known = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (known | {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}).items():
+        monkeypatch.setenv(name, value)
+    folder = Folder(f"s3://{BUCKET}/by-environment")
+    folder.write_bytes("a.bin", b"x")
+    assert folder.read_bytes("a.bin") == b"x" and ("GET", f"/{BUCKET}/by-environment/a.bin") in proxy.asked

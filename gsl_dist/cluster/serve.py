@@ -17,6 +17,7 @@ import gc
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,7 @@ from gsl_dist.storage import Folder
 APP, ENCODER = "gsl", "encoder"
 _ASK_S, _ENCODE_S = 2.0, 30.0
 _POLL_S = 0.1
+_NODE = "ray.io/node-id"
 # Serve's own defaults (5 requests at once, health every 10 s) suit models that take seconds.
 _LIFE = {
     "max_ongoing_requests": 1000,
@@ -368,9 +370,12 @@ def _bind(config: ServeConfig, groups: list[str]) -> ray_serve.Application:
     # Only this router and these replicas know it, and it lives as long as they do.
     secret = secrets.token_hex(32)
     names = {name: group for group in groups for name in name_copies(group, config.copies)}
+    places = keep_apart(config.copies, takes)
+    # The first copies of all parts would share nodes otherwise, and a node's loss a part of the load.
+    turns = [(number // config.copies + number) % config.copies for number in range(len(names))]
     replicas = [
-        replica.options(name=name, ray_actor_options=takes, **_LIFE).bind(config, group, secret)
-        for name, group in names.items()
+        replica.options(name=name, ray_actor_options=takes | places[turn], **_LIFE).bind(config, group, secret)
+        for (name, group), turn in zip(names.items(), turns, strict=True)
     ]
     if config.encoder:
         encoder = ray_serve.deployment(EncoderShell).options(name=ENCODER, ray_actor_options={"num_cpus": 0}, **_LIFE)
@@ -380,6 +385,32 @@ def _bind(config: ServeConfig, groups: list[str]) -> ray_serve.Application:
     return router.options(name="router", ray_actor_options={"num_cpus": 0}, **_LIFE).bind(
         config, list(names), secret, *replicas
     )
+
+
+def keep_apart(copies: int, takes: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Give for each copy of a part what keeps it on other nodes than the rest, where there are enough that have room.
+
+    The nodes are dealt out, and a copy avoids those of the others. One that joins later is open to all; where none is
+    left that a copy does not avoid, it takes any: copies on one node are better than fewer.
+
+    Args:
+        copies: how many a part has.
+        takes: what each takes, as options of an actor.
+    """
+    if copies == 1:
+        return [{}]
+    counted = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    needs = {counted[name]: amount for name, amount in takes.items()}
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    fit = [node for node in alive if all(node["Resources"].get(name, 0) >= need for name, need in needs.items())]
+    nodes = sorted(node["NodeID"] for node in fit)
+    if len(nodes) < copies:
+        return [{}] * copies
+    avoided = [[node for at, node in enumerate(nodes) if at % copies != copy] for copy in range(copies)]
+    return [
+        {"label_selector": {_NODE: f"!in({','.join(others)})"}, "fallback_strategy": [{"label_selector": {}}]}
+        for others in avoided
+    ]
 
 
 async def compact_away(index: str) -> str:

@@ -148,6 +148,7 @@ def publish_version(index: Folder, manifest: Manifest) -> None:
     if folder.exists(MANIFEST):
         raise BadInput("version", manifest.version, "a version is immutable and this one exists; choose another name")
     content = manifest.model_dump(mode="json")
+    folder.sweep()
     folder.write_sealed(MANIFEST, content)
 
 

@@ -37,6 +37,7 @@ CodeLayout = Literal["plain", "fastscan"]
 
 HNSW_LINKS, HNSW_WIDTH = 32, 200
 """Links of a centroid to others, and how many candidates are looked at to make them."""
+_BUFFER_BYTES = 1 << 20
 
 
 class Layout(NamedTuple):
@@ -198,9 +199,28 @@ def write_shard(index: faiss.IndexIVF, codebook: Codebook, path: Path) -> None:
     """Write lists, behind what turns queries if need be, as a file that plain faiss searches with any query as it is.
 
     Plain faiss gives the scores of composite codes, the largest first; all others are squared distances.
+
+    Raises:
+        OSError: the disk is full, say. Writing by itself, faiss says nothing where that befalls the last bytes.
     """
     turn = _make_turn(codebook)
-    faiss.write_index(index if turn is None else faiss.IndexPreTransform(turn, index), str(path))
+    whole = index if turn is None else faiss.IndexPreTransform(turn, index)
+    failed: list[OSError] = []
+    with path.open("wb", buffering=_BUFFER_BYTES) as stream:
+
+        def put(content: bytes) -> None:
+            try:
+                stream.write(content)
+            except OSError as error:
+                failed.append(error)
+                raise
+
+        try:
+            faiss.write_index(whole, faiss.PyCallbackIOWriter(put, _BUFFER_BYTES))
+        except RuntimeError:
+            if failed:
+                raise failed[0] from None
+            raise
 
 
 def read_shard(path: Path, codebook: Codebook) -> faiss.IndexIVF:

@@ -1,5 +1,7 @@
+import contextlib
 import gc
 import itertools
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -314,3 +316,27 @@ def test_what_is_left_of_a_file_is_refused(tmp_path, kind, rotated):
         path.write_bytes(content[:length])
         with pytest.raises(ArtefactError, match="not a shard"):
             read_shard(path, codebook)
+
+
+@contextlib.contextmanager
+def limit_files(size):
+    """Let no file of this process grow larger: what a disk without room answers, without one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("lacking", [1, 300, 4000])
+def test_a_shard_that_finds_no_room_is_an_error_also_where_only_its_end_does_not(tmp_path, lacking):
+    codebook = make_codebook()
+    shard, path = make_shard(codebook, make_rows(codebook, 2000)), tmp_path / "s"
+    write_shard(shard, codebook, path)
+    size = path.stat().st_size
+    with limit_files(size - lacking), pytest.raises(OSError, match="File too large"):
+        write_shard(shard, codebook, path)
+    with limit_files(size):
+        write_shard(shard, codebook, path)
+    assert path.stat().st_size == size
