@@ -1,6 +1,6 @@
 """How much sooner two workers are done than one, and how much longer they take over twice the work, stage by stage.
 
-    OMP_NUM_THREADS=1 python benchmarks/scaling.py STAGE [--rounds 3] [--open]
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py STAGE [--rounds 3] [--open] [--memory FOLDER]
 
 A round does a stage with one worker, with two, and with one worker on half of it, one after another in one Ray whose
 processes are warm: `strong` is the time of one over that of two (2 at best), `weak` that of one on half of it over that
@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from encoding import make_model, make_settings, write_corpus
+from load import count_busy
 from record import RESULTS
 
 # The tests' own worlds of random codes.
@@ -51,13 +52,14 @@ from gsl_dist.demo import images, read_commit
 
 PLACE = Path("build/bench/scaling").resolve()
 CORES, DIM = 2, 64
-IMAGES, VECTORS, SAMPLE, CODES, ITEMS = 40_000, 1_000_000, 200_000, 4_000_000, 1_000_000
+IMAGES, VECTORS, SAMPLE, CODES, ITEMS = 40_000, 1_000_000, 200_000, 10_000_000, 1_000_000
 TRAINED, EPOCHS, BATCH = 6_000, 4, 256
 ASKED, PROBES = 1024, 16
 
 
 def main() -> None:
     """Measure rounds of one stage and append them."""
+    global PLACE
     stages: dict[str, Callable[[], Callable[[int, int], float]]] = {
         "train": prepare_train,
         "codebook": prepare_codebook,
@@ -70,7 +72,9 @@ def main() -> None:
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--open", action="store_true", help="bind nothing to a core")
+    parser.add_argument("--memory", type=Path, help="a folder in memory to write to: no disk is what workers share")
     wanted = parser.parse_args()
+    PLACE = wanted.memory.resolve() if wanted.memory else PLACE
     PLACE.mkdir(parents=True, exist_ok=True)
     measure = stages[wanted.stage]()
     # As many cores as there are; a service has more processes, which do not compute.
@@ -79,14 +83,18 @@ def main() -> None:
     for number in range(wanted.rounds):
         # Whoever comes first finds other processes, caches and neighbours than who comes last.
         turns = [(1, 1), (2, 1), (1, 2)][:: 1 if number % 2 else -1]
-        took = {}
+        took, others = {}, {}
         for turn in turns:
             bind(range(CORES if wanted.open else turn[0]))
+            (all_s, own_s), start = count_busy(), time.perf_counter()
             took[turn] = measure(*turn)
+            worked_s = [now - before for now, before in zip(count_busy(), (all_s, own_s), strict=True)]
+            others[turn] = (worked_s[0] - worked_s[1]) / (time.perf_counter() - start)
         line = {"stage": wanted.stage, "startup_s": round(startup_s, 2), "open": wanted.open}
+        line["in_memory"] = wanted.memory is not None
         line |= {"one_s": took[1, 1], "two_s": took[2, 1], "half_s": took[1, 2]}
         line |= {"strong": took[1, 1] / took[2, 1], "weak": took[1, 2] / took[2, 1], "commit": read_commit()}
-        append_line(line)
+        append_line(line | {"cores_kept_by_others": others[2, 1]})
     ray.shutdown()
 
 
@@ -224,10 +232,14 @@ def prepare_build() -> Callable[[int, int], float]:
         place = PLACE / f"built-{part}"
         if not (place / "codes" / "codes.json").exists():
             write_codes(place, codebook, make_rows(codebook, CODES // part), files=4 * CORES, group=1 << 16)
-        settings = {"codes": str(place / "codes"), "codebook": str(place / "codebook"), "index": clear("index")}
-        # As many tasks run as there are cores for: one that takes both is alone.
+        settings = {"codes": str(place / "codes"), "codebook": str(place / "codebook")}
+        # As many tasks run as there are cores for: one that takes both is alone. Ray has other processes for each, and
+        # those of the first turn may be new.
         settings["resources"] = {"cpus": CORES // workers}
-        return clock(partial(run_build, check_config(BuildConfig, settings)))
+        for _ in range(2):
+            settings["index"] = clear("index")
+            taken = clock(partial(run_build, check_config(BuildConfig, settings)))
+        return taken
 
     return measure
 
