@@ -38,5 +38,5 @@ def read_state(place: str | Path) -> dict[str, Any]:
     except ValidationError as error:
         raise ArtefactError(folder.path(PIN), "it is not the pin of a checkpoint") from error
     folder.check(entry)
-    state: dict[str, Any] = torch.load(Path(folder.path(STATE)), map_location="cpu", weights_only=True)
+    state: dict[str, Any] = torch.load(Path(place) / STATE, map_location="cpu", weights_only=True)
     return state
