@@ -17,6 +17,7 @@ from browsers import start_browser
 from typer.testing import CliRunner
 
 import gsl_dist
+from gsl_dist import errors
 from gsl_dist.config import Strict, check_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +92,26 @@ def test_pages_point_at_no_server_by_an_insecure_or_local_address():
     assert {
         page: bad for page, links in shown.items() if (bad := [x for x in links if not x.startswith("https://")])
     } == {}
+
+
+def test_every_alert_and_every_metric_is_told_of_in_operations():
+    pytest.importorskip("prometheus_client")
+    from gsl_dist.service.meters import Meters
+
+    told = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    rules = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yaml").read_text())["groups"][0]["rules"]
+    metrics = {metric.name for metric in Meters().registry.collect()}
+    assert {name for name in [*(rule["alert"] for rule in rules), *metrics] if f"`{name}" not in told} == set()
+
+
+def test_every_error_and_every_code_of_an_answer_is_told_of_in_errors():
+    told = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    source = (ROOT / "gsl_dist" / "service" / "app.py").read_text(encoding="utf-8")
+    codes = set(re.findall(r'_refuse\(\w+, "(\w+)"', source)) | set(re.findall(r'\d{3}: "(\w+)"', source))
+    kinds = {
+        name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.GslError)
+    }
+    assert len(codes) > 6 and {name for name in codes | kinds if f"`{name}`" not in told} == set()
 
 
 class Page(HTMLParser):

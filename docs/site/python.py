@@ -11,8 +11,8 @@ from gsl_dist import errors, hits
 from gsl_dist.client import AsyncClient, Client
 from gsl_dist.index.search import LocalSearcher, open_searcher
 
-_INTRODUCTION = """`pip install "gsl_dist[cpu]"` is enough for the client: importing it loads neither torch, Ray nor
-faiss. `open_searcher` searches a version in process, with the same signature and the same answers.
+_INTRODUCTION = """`pip install gsl_dist` is enough for the client: importing it loads neither torch, Ray nor faiss.
+With `gsl_dist[cpu]`, `open_searcher` searches a version in process and gives the same answers.
 
 ```python
 from gsl_dist.client import Client
