@@ -18,7 +18,9 @@ another order makes. No fault may cost more units of work, shards or epochs, tha
     full         no room left on the disk                                      says so, is started again with more
     slow         syncing and renaming take up to 50 ms longer                  takes longer
     upload       a store keeps the first half of what it is sent, and says OK  is sent again
-    clock        every process lives at another time, days before or after     goes on
+    clock        the process lives at another time, days before or after       goes on
+
+Clocks are shifted where there is no Ray: its own would be right in C++ and wrong in Python, as on no machine.
 
 `alone` runs the tasks of a stage without Ray in its own process: thousands of such rounds are cheap. Rounds are lines
 of results/chaos.jsonl; a round of a seed that is there is not done again.
@@ -55,10 +57,10 @@ STAGES = ("encode", "build", "codebook", "train", PIPELINE)
 KINDS: dict[tuple[str, str], tuple[str, ...]] = {
     ("encode", "alone"): ("driver", "pause", "full", "slow", "upload", "clock"),
     ("build", "alone"): ("driver", "pause", "full", "slow", "upload", "clock"),
-    ("encode", "ray"): ("worker", "driver", "node", "pause", "full", "slow", "clock"),
-    ("build", "ray"): ("worker", "driver", "node", "pause", "full", "slow", "clock"),
-    ("codebook", "ray"): ("worker", "driver", "coordinator", "node", "pause", "full", "clock"),
-    ("train", "ray"): ("worker", "driver", "coordinator", "node", "pause", "full", "clock"),
+    ("encode", "ray"): ("worker", "driver", "node", "pause", "full", "slow"),
+    ("build", "ray"): ("worker", "driver", "node", "pause", "full", "slow"),
+    ("codebook", "ray"): ("worker", "driver", "coordinator", "node", "pause", "full"),
+    ("train", "ray"): ("worker", "driver", "coordinator", "node", "pause", "full"),
     (PIPELINE, "ray"): ("job", "driver", "worker", "node", "pause", "full"),
 }
 IN_HAND = {("encode", "ray"): WORKERS, ("build", "ray"): NODES * CORES, (PIPELINE, "ray"): NODES * CORES}

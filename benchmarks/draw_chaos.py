@@ -30,7 +30,7 @@ WORDS = {
     "full": "no room is left on the disk",
     "slow": "the disk syncs and renames slowly",
     "upload": "a store cuts uploads short",
-    "clock": "every process lives at another time",
+    "clock": "the process lives at another time",
 }
 PLACES = {"alone": "one process", "ray": "three nodes"}
 
