@@ -411,7 +411,7 @@ def join_location(location: str, name: str) -> str:
 
 def _seal(content: Any) -> str:
     # As it will be read: keys that are numbers become text, which sorts otherwise.
-    plain = json.loads(json.dumps(content, allow_nan=False))
+    plain = json.loads(json.dumps(content))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

@@ -122,6 +122,14 @@ def test_sealed_content_comes_back_without_its_digest(folder):
     assert len(folder.read_json("a.json")["digest"]) == 64
 
 
+@pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity"])
+def test_a_number_that_was_made_none_is_found_as_any_other(folder, number):
+    folder.write_sealed("a.json", {"a": 0.5})
+    folder.write_bytes("a.json", folder.read_bytes("a.json").replace(b"0.5", number.encode()))
+    with pytest.raises(ArtefactError, match=r"a\.json: its content differs from the digest"):
+        folder.read_sealed("a.json")
+
+
 @pytest.mark.parametrize(
     "change", [lambda told: told | {"a": 2}, lambda told: told | {"c": 1}, lambda told: told | {"digest": "0" * 64}]
 )

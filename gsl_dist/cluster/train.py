@@ -51,7 +51,7 @@ from gsl_dist.encoders import (
     make_encoder,
 )
 from gsl_dist.encoders.crosslayer import CompressConfig
-from gsl_dist.errors import ConfigError, DataError, GslError
+from gsl_dist.errors import ArtefactError, ConfigError, DataError, GslError
 from gsl_dist.fit import Batch, Diverged, FitConfig, Training, embed, fit
 from gsl_dist.losses import LossConfig, NeighbourConfig, level_rows, make_loss
 from gsl_dist.quantizers import LloydConfig, QuantizerConfig, Rows, Trained, make_quantizer
@@ -61,6 +61,7 @@ from gsl_dist.snap import SnapConfig, SnappingLayer
 from gsl_dist.storage import Folder
 
 _START_ROWS = 16_384
+_NOTED = "checkpoint_manager_snapshot.json"
 
 
 class TrainConfig(Strict):
@@ -328,7 +329,17 @@ def _train(config: TrainConfig, rows: Any, folder: Folder, made_by: str, progres
     )
     stages = config.lowbit.plan_stages(config.fit.epochs) if config.lowbit else [Stage(0.0, config.fit.epochs)]
     with watch_remarks(coordinator, lambda record: _draw_epoch(record, stages, progress)):
-        return trainer.fit()
+        try:
+            return trainer.fit()
+        except ray.exceptions.ActorDiedError as error:
+            raise _find_damage(folder.child(f"runs/train-{made_by}"), error) or error from None
+
+
+def _find_damage(run: Folder, error: Exception) -> ArtefactError | None:
+    # Ray notes which checkpoints there are, and starts nothing where it cannot read that.
+    if "creation task" in str(error) and run.exists(_NOTED):
+        return ArtefactError(run.path(_NOTED), "it is damaged; without this folder the training begins anew")
+    return None
 
 
 def _draw_epoch(record: dict[str, Any], stages: list[Stage], progress: Progress) -> None:

@@ -250,6 +250,8 @@ def _look_up(location: str) -> tuple[fs.FileSystem, str, bool]:
         raise DataError("corpus.path", location, f"it must be a place that can be read ({error})") from error
     if kind == fs.FileType.NotFound:
         raise DataError("corpus.path", location, "there is no such file or folder")
+    if not base.strip("/"):
+        raise DataError("corpus.path", location, "it must be a folder of its own, not the root of everything")
     return root, base, kind == fs.FileType.File
 
 

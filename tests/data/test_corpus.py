@@ -150,3 +150,9 @@ def test_demo_parts_share_no_image():
     }
     assert not ids["train"] & ids["database"]
     assert max(ids["train"] | ids["database"]) < 60_000 <= min(ids["queries"])
+
+
+@pytest.mark.parametrize("path", ["/", "//", "file:///"])
+def test_the_root_of_everything_is_no_corpus(path):
+    with pytest.raises(DataError, match=r"corpus\.path: .* it must be a folder of its own"):
+        open_corpus(CorpusConfig(path=path, vector_column="v"))
