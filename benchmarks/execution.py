@@ -4,7 +4,11 @@ Networks have the weights that they begin with, which changes no time; images ar
 are timed turn by turn, by the clock of the process; agreement is with torch's float32. `torch at once` takes 1,024
 images together, the others 64. Compiled ways (`--compiled`) need a C++ compiler, and int8 among them torchao.
 
+With `--trained` nothing is timed: of a model that the demo or the pipeline left, the database is coded by each way, and
+asked by queries that go through torch, as a service has it.
+
 python benchmarks/execution.py NETWORK [--rows 1024] [--rounds 5] [--compiled]
+python benchmarks/execution.py --trained build/demo/model
 """
 
 from __future__ import annotations
@@ -23,10 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gsl_dist.cluster.graph import GraphEncoder, export_graph, name_runtime, quantize_graph
+from gsl_dist.cluster.model import load_encoder, load_trained_codebook
 from gsl_dist.data import open_corpus
-from gsl_dist.demo import images
+from gsl_dist.demo import Held, images, score_representations
 from gsl_dist.encoders import CnnConfig, Encoder, make_encoder
 from gsl_dist.fit import IMAGES_AT_ONCE, embed
+from gsl_dist.quantizers import open_quantizer
 
 SHAPE = (28, 28, 1)
 SAMPLE = 512
@@ -71,13 +77,16 @@ NETWORKS: dict[str, Callable[[], Encoder]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("network", choices=NETWORKS, nargs="?", default="demo")
+    parser.add_argument("--trained", metavar="FOLDER")
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compiled", action="store_true")
     wanted = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if wanted.trained:
+        return write_result("execution-trained", {"runtime": name_runtime(), "ways": score_ways(wanted.trained)})
     encoder = NETWORKS[wanted.network]().eval()
     items = torch.from_numpy(
         next(iter(open_corpus(images("database")).read(0, wanted.rows, batch_rows=wanted.rows))).items
@@ -90,6 +99,31 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     setting = vars(wanted) | {"parameters": parameters, "runtime": name_runtime(), "processor": describe_processor()}
     write_result(f"execution-{wanted.network}", {"setting": setting, "ways": found})
+
+
+def score_ways(model: str) -> dict[str, dict[str, float]]:
+    """Give the coded mAP of a trained model by each way, and how much its codes and vectors are those of torch."""
+    encoder, codebook = load_encoder(model)[0], load_trained_codebook(model)
+    held = Held(*(open_corpus(images(part)).read_all() for part in ("database", "queries")))
+    items = torch.from_numpy(held.database.items)
+    sample = items[np.linspace(0, len(items) - 1, SAMPLE).astype(np.int64)]
+    content = export_graph(encoder, sample)
+    ways = {"torch": encoder, "onnx": GraphEncoder(content, 1)}
+    ways["int8"] = GraphEncoder(quantize_graph(content, sample), 1)
+    y_ND, quantizer = embed(encoder, items), open_quantizer(codebook)
+    cells_N, codes_NM = quantizer.encode(y_ND, codebook)
+    found = {}
+    for name, way in ways.items():
+        other_ND = embed(way, items)
+        other_cells_N, other_codes_NM = quantizer.encode(other_ND, codebook)
+        scored = score_representations(encoder, codebook, held, coded_by=way)
+        cosines_N = F.cosine_similarity(y_ND, other_ND)
+        found[name] = {"map_coded": scored.map, "error": scored.error, "cosine": float(cosines_N.mean())}
+        found[name] |= {"least_cosine": float(cosines_N.min())}
+        found[name] |= {"distance": float((other_ND - y_ND).norm(dim=1).mean())}
+        found[name] |= {"equal_codes": float((codes_NM == other_codes_NM).float().mean())}
+        found[name] |= {"equal_cells": float((cells_N == other_cells_N).float().mean())}
+    return found
 
 
 def start_ways(encoder: Encoder, items: Tensor, started: dict[str, float], *, compiled: bool) -> dict[str, Way]:
