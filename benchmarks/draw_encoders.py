@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from draw_results import describe_difference
-from draw_sharing import show_layers, show_modalities
+from draw_sharing import show_layers, show_modalities, show_vgg
 from record import RESULTS
 
 from gsl_dist.storage import Folder
@@ -38,9 +38,29 @@ control takes the same steps and restarts in float. Accuracy and mAP as above.
 """
 PIPELINE = """One seed: train, codebook, encode, build and evaluate on
 the demo's corpus, by config; float is trained for 20 epochs, stochastic for 4 x 10, powers of two for 15 after the 20
-of float, so that mAP is not at equal training. Shipped: weights and card, what a worker fetches besides the codebook.
-Rows a second, where they were timed: of one worker that holds the encoder, median of the rounds, arms turn by turn.
+of float, so that mAP is not at equal training. Eight of nine layers have one shape, which the demo's three do not; they
+are trained for 12 epochs and, with 4 times fewer parameters, for 6 more. After a colon: `execution`, where it is not
+torch; queries always go through torch in float32. Shipped: weights and card, what a worker fetches besides the codebook
+(and besides the graph, of the size that the weights have in float32, or in bytes). Rows a second, where they were
+timed: of one worker that holds the encoder, reading, decoding of images, codes and writing included; median of the
+rounds, arms turn by turn. Equal codes: the share of their bytes that is the same as by torch.
 """
+WAYS = """Rows a second of one core,
+by the clock of the process, median of rounds, ways turn by turn; 28 x 28 pixels, 64 images at a time, but for "at
+once", 1,024. Agreement is with torch's float32, of networks as they begin. Ready: seconds until the first row: export
+and calibration on 512 rows, or compiling; every worker compiles for itself, graphs are made once.
+
+"""
+TRAINED = """The demo's network as it was trained, its 7,000 images coded by each way, asked
+by 1,000 queries that go through torch; cells and codewords as trained, 16 bits an item.
+
+"""
+NETWORKS = {
+    "demo": "the demo's CNN, 16, 32, 64 channels",
+    "shared": "nine convolutions of 32 channels",
+    "deep": "seven convolutions of 64 to 256 channels",
+    "residual": "residual blocks of 64 to 256 channels, normalized over the batch",
+}
 Arm = dict[int, dict[str, Any]]
 """The runs of one arm, by seed."""
 
@@ -109,18 +129,56 @@ def show_pairs(runs: Arm, others: Arm, figure: str) -> str:
     return "" if runs is others else describe_difference([runs[s][figure] - others[s][figure] for s in seeds], 4)
 
 
+def show_execution(path: Path) -> list[str]:
+    """Give the lines on ways of computing an encoder."""
+    results = {name: path.with_name(f"execution-{name}.json") for name in NETWORKS}
+    found = {name: json.loads(other.read_text()) for name, other in results.items() if other.exists()}
+    commits = ", ".join(sorted({result["commit"] for result in found.values()}))
+    setting = next(iter(found.values()))["setting"]
+    lines = ["## Ways of computing an encoder\n"]
+    lines += [f"`benchmarks/execution.py`, commits {commits}, {setting['runtime']}, {setting['processor']}. {WAYS}"]
+    head = ["network", "way", "rows a second", "over torch", "mean cosine", "squared error of the variance", "ready, s"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, result in found.items():
+        for way, figures in result["ways"].items():
+            ready = f"{figures['start_s']:.1f}" if "start_s" in figures else ""
+            cells = [f"{NETWORKS[name]}; {result['setting']['parameters']:,}", way, f"{figures['rows_per_s']:,.0f}"]
+            cells += [f"{figures['over_torch']:.2f}", f"{figures['cosine']:.5f}", f"{figures['error']:.1e}", ready]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", *show_trained(path.with_name("execution-trained.json"))]
+
+
+def show_trained(path: Path) -> list[str]:
+    """Give the lines on what codes by other ways than torch are worth."""
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    lines = [f"`benchmarks/execution.py --trained`, commit {result['commit']}. {TRAINED}"]
+    head = ["database coded by", "coded mAP", "quantization error", "mean cosine", "least cosine", "mean distance"]
+    head += ["equal bytes of codes", "equal cells"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for way, found in sorted(result["ways"].items(), key=lambda item: -item[1]["cosine"]):
+        cells = [way, f"{found['map_coded']:.5f}", f"{found['error']:.5f}"]
+        cells += [f"{found[name]:.5f}" for name in ("cosine", "least_cosine", "distance", "equal_codes", "equal_cells")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def show_pipeline(path: Path) -> list[str]:
     """Give the lines on encoders that went through the whole pipeline."""
     result = json.loads(path.read_text())
     lines = ["## Through the whole pipeline\n"]
     lines += [f"`benchmarks/pipeline.py`, commit {result['commit']}. {PIPELINE}"]
     head = ["encoder", "weights file", "of float", "its ideal", "shipped", "rows a second", "over float", "coded mAP"]
+    head += ["equal codes"]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for arm, found in sorted(result["arms"].items(), key=lambda item: item[0] != "float"):
+    for arm, found in sorted(result["arms"].items(), key=lambda item: not item[0].startswith("float")):
         sizes = [f"{found['file_bytes']:,} B", f"{found['of_float']:.3f}", f"{found['ideal_bytes']:,} B"]
         timed = "rows_per_s" in found
         speed = [f"{found['rows_per_s']:,.0f}", f"{found['over_float']:.2f}"] if timed else ["", ""]
-        cells = [arm, *sizes, f"{found['shipped_bytes']:,} B", *speed, f"{found['map_coded']:.3f}"]
+        name = f"{arm}, which was {found['decided']}" if arm.endswith("fastest") else arm
+        equal = f"{found['equal_codes']:.4f}" if "equal_codes" in found else ""
+        cells = [name, *sizes, f"{found['shipped_bytes']:,} B", *speed, f"{found['map_coded']:.4f}", equal]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -137,7 +195,9 @@ def describe(values: list[float]) -> str:
 SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "lowbit.jsonl": show_lowbit,
     "crosslayer.jsonl": show_layers,
+    "crosslayer-vgg16.jsonl": show_vgg,
     "multimodal.jsonl": show_modalities,
+    "execution-demo.json": show_execution,
     "pipeline.json": show_pipeline,
 }
 

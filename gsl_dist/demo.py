@@ -231,9 +231,18 @@ def score_codes(model: str, codebook: Codebook, held: Held) -> Score:
     return score_representations(load_encoder(model)[0], codebook, held)
 
 
-def score_representations(encoder: Encoder, codebook: Codebook, held: Held) -> Score:
-    """Rank the database by its codes for every query, in this process, and give mAP and quantization error."""
-    y_ND = embed(encoder, torch.from_numpy(held.database.items))
+def score_representations(
+    encoder: Encoder, codebook: Codebook, held: Held, *, coded_by: torch.nn.Module | None = None
+) -> Score:
+    """Rank the database by its codes for every query, in this process, and give mAP and quantization error.
+
+    Args:
+        encoder: gives the vectors of queries.
+        codebook: of the codes.
+        held: database and queries.
+        coded_by: gives the vectors of the database; None: the encoder too.
+    """
+    y_ND = embed(coded_by or encoder, torch.from_numpy(held.database.items))
     queries_QD = embed(encoder, torch.from_numpy(held.queries.items)).numpy()
     cells_N, codes_NM = (part.numpy() for part in open_quantizer(codebook).encode(y_ND, codebook))
     lists = make_lists(codebook, held.database.ids, cells_N, codebook.pack(codes_NM))

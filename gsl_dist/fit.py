@@ -41,6 +41,9 @@ from gsl_dist.losses import SimilarityLoss
 from gsl_dist.quantizers import Trained
 from gsl_dist.snap import SnappingLayer
 
+IMAGES_AT_ONCE = 64
+"""Images that a CPU sends through a network together: what lies between layers for more of them leaves its caches."""
+
 Batch = tuple[Tensor, Tensor]
 Refresh = Callable[["Training"], Trained]
 
@@ -250,13 +253,13 @@ def fit(
         on_epoch(training)
 
 
-def embed(encoder: nn.Module, items: Tensor, *, batch_rows: int = 1024, views: int = 0) -> Tensor:
+def embed(encoder: nn.Module, items: Tensor, *, batch_rows: int | None = None, views: int = 0) -> Tensor:
     """Give the representations of items, without gradients.
 
     Args:
         encoder: the network.
         items: what it takes.
-        batch_rows: items that it takes at once.
+        batch_rows: items that it takes at once; None: 1,024, but of images on a CPU as many as its caches hold.
         views: times each item is seen as in training, with dropout: rows that were learned from then spread as other
             rows will. 0: once, as it is encoded.
 
@@ -265,6 +268,9 @@ def embed(encoder: nn.Module, items: Tensor, *, batch_rows: int = 1024, views: i
     was_training = encoder.training
     encoder.train(views > 0)
     device = next(encoder.parameters(), items).device
+    if batch_rows is None:
+        few = device.type == "cpu" and items.ndim > 2 and not views
+        batch_rows = IMAGES_AT_ONCE if few else 1024
     with torch.inference_mode():
         parts = [encoder(part.to(device)).float() for _ in range(views or 1) for part in items.split(batch_rows)]
     encoder.train(was_training)

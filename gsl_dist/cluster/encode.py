@@ -3,7 +3,7 @@
 A shard is a range of source rows, fixed by the corpus and the number of shards, and a task of Ray: it streams through
 the encoder batch by batch (reading ahead in a thread), so memory is bounded by a few batches whatever the corpus. A
 finished shard leaves a note; a relaunch does only those without one, and equal input gives equal files. Rows that
-cannot be read are listed in the shard's rejects file.
+cannot be read are listed in the shard's rejects file. By what the encoder is computed, `execution` says.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ from pydantic import Field
 
 from gsl_dist.artefact import Card, find_finished, load_codebook, open_card, publish_card
 from gsl_dist.cluster.codebook import check_lengths
-from gsl_dist.cluster.model import check_modalities, load_encoder, pick_device, tell_path
+from gsl_dist.cluster.execution import (
+    NOTE,
+    Asked,
+    Decision,
+    Execution,
+    check_execution,
+    open_encoder,
+    settle_execution,
+    tell_execution,
+)
+from gsl_dist.cluster.graph import GraphEncoder
+from gsl_dist.cluster.model import check_modalities, load_encoder, pick_device
 from gsl_dist.cluster.session import Progress, run_tasks, start_session, stay_quiet
 from gsl_dist.cluster.whole import Note, find_notes, refuse_damaged, refuse_lost
 from gsl_dist.codebook import Codebook
@@ -51,6 +62,10 @@ class EncodeConfig(Strict):
     shards: int = Field(default=1, ge=1, le=100_000, description="slices of the corpus: tasks and files")
     batch_rows: int = Field(default=1024, ge=1, description="rows that pass through the encoder together")
     keep_vectors: bool = Field(default=False, description="keep representations too, as float16")
+    execution: Execution = Field(
+        default="torch",
+        description="torch; or as a graph by ONNX Runtime: onnx in float32, int8; fastest: as measured, once",
+    )
     resources: Resources = Resources()
 
 
@@ -79,19 +94,36 @@ def run_encode(config: EncodeConfig, progress: Progress = stay_quiet) -> Card:
     corpus, codebook = open_corpus(config.corpus), load_codebook(config.codebook)
     model = open_card(Folder(config.model), "model") if config.model else None
     _check_settings(config, corpus, codebook)
-    decided = config.model_dump(mode="json", exclude={"output", "resources", "codebook", "model", "batch_rows"})
-    made_by = fingerprint_config(decided, corpus.fingerprint, codebook.fingerprint, model.made_by if model else None)
+    left_out = {"output", "resources", "codebook", "model", "batch_rows"}
+    if config.execution == "torch":
+        left_out.add("execution")  # as it was before there was a choice: codes made then are found again
+    settings = config.model_dump(mode="json", exclude=left_out)
+    made_by = fingerprint_config(settings, corpus.fingerprint, codebook.fingerprint, model.made_by if model else None)
     folder = Folder(config.output)
     if done := find_finished(folder, "codes", made_by, verify=False):
         refuse_damaged(folder, done.files, config.resources)
         return done
+    decided = settle_encoding(config, made_by, corpus, codebook)
+    mark = decided.mark if decided else made_by
     ranges = split_rows(corpus.rows, config.shards)
-    notes = find_notes(folder, ShardNote, len(ranges), made_by, config.resources)
+    notes = find_notes(folder, ShardNote, len(ranges), mark, config.resources)
     missing = [(number, *ends) for number, ends in enumerate(ranges) if number not in notes]
     if missing:
         start_session(config.resources.workers * config.resources.cpus)
-        notes |= _encode_shards(config, made_by, missing, len(ranges), progress)
-    return _publish(config, codebook, folder, made_by, [notes[number] for number in range(len(ranges))])
+        notes |= _encode_shards(config, mark, missing, len(ranges), progress)
+    return _publish(config, codebook, made_by, [notes[number] for number in range(len(ranges))], decided)
+
+
+def settle_encoding(config: EncodeConfig, made_by: str, corpus: Corpus, codebook: Codebook) -> Decision | None:
+    """Decide how the encoder is computed for all shards, unless that is by torch or there is none.
+
+    Raises:
+        ConfigError, DataError: as `settle_execution`.
+    """
+    if config.execution == "torch" or config.model is None:
+        return None
+    asked = Asked(config.execution, config.model, config.resources.threads, made_by)
+    return settle_execution(Folder(config.output), asked, corpus, codebook)
 
 
 class ShardEncoder:
@@ -102,8 +134,18 @@ class ShardEncoder:
         torch.set_num_threads(config.resources.threads)
         self.corpus, self.codebook = open_corpus(config.corpus), load_codebook(config.codebook)
         self.device = pick_device(config.resources.gpus)
-        self.encoder: Encoder | None = load_encoder(config.model)[0].to(self.device) if config.model else None
+        self.encoder = self._load_encoder()
         self.quantizer = open_quantizer(self.codebook)
+
+    def _load_encoder(self) -> Encoder | GraphEncoder | None:
+        if self.config.model is None:
+            return None
+        if self.config.execution != "torch":
+            folder = Folder(self.config.output)
+            decided = Decision.model_validate(folder.read_json(NOTE))
+            if decided.path != "torch":
+                return open_encoder(folder, decided, self.config.resources.threads)
+        return load_encoder(self.config.model)[0].to(self.device)
 
     def encode_shard(self, number: int, start: int, stop: int) -> ShardNote:
         """Write the codes of source rows [start, stop), then the note that says so."""
@@ -238,6 +280,7 @@ def _join_next(tables: Iterator[pa.Table], schema: pa.Schema) -> pa.Table:
 def _check_settings(config: EncodeConfig, corpus: Corpus, codebook: Codebook) -> None:
     if config.model is None and corpus.kind != "vectors":
         raise ConfigError("model", None, "a corpus of images needs a model that turns them into vectors")
+    check_execution(config.execution, config.model, config.resources.gpus)
     dim = corpus.item_shape[0]
     if config.model:
         encoder, card = load_encoder(config.model)
@@ -266,7 +309,9 @@ def _encode_shards(
     return {number: note for (number, *_), note in zip(missing, written, strict=True)}
 
 
-def _publish(config: EncodeConfig, codebook: Codebook, folder: Folder, made_by: str, notes: list[ShardNote]) -> Card:
+def _publish(
+    config: EncodeConfig, codebook: Codebook, made_by: str, notes: list[ShardNote], decided: Decision | None
+) -> Card:
     rows = sum(note.rows for note in notes)
     if rows == 0:
         raise DataError("corpus", config.corpus.path, "every row was rejected; see the rejects files in the output")
@@ -276,10 +321,13 @@ def _publish(config: EncodeConfig, codebook: Codebook, folder: Folder, made_by: 
         "rejects": sum(note.rejects for note in notes),
         "shards": [{"name": note.name, "rows": note.rows} for note in notes],
         "payload_columns": list(config.corpus.payload_columns),
-        "encoder_path": tell_path(config.model) if config.model else None,
+        "encoder_path": tell_execution(decided, config.model) if config.model else None,
     }
-    files = [entry for note in notes for entry in note.files]
+    folder, files = Folder(config.output), [entry for note in notes for entry in note.files]
     refuse_lost(folder, files)
+    if decided:
+        facts["execution"] = decided.model_dump(mode="json")
+        files += [decided.graph] if decided.graph else []
     dumped = json.loads(config.model_dump_json())
     return publish_card(folder, Card(kind="codes", made_by=made_by, files=files, config=dumped, facts=facts))
 
