@@ -9,7 +9,7 @@ from damage import Subject, damage, draw_seed
 
 from gsl_dist.errors import GslError
 
-COUNT = 24
+COUNT = 40
 VERDICTS = {"flip": "failed", "cut": "unnamed", "longer": "hung", "zeros": "silent", "words": "unnoticed"}
 VERDICTS |= {"empty": "crashed", "swap": "unverified"}
 
