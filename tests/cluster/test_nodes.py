@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("ray")
 from clusters import find_ports
 from corpora import make_clusters, write_vectors
-from machines import start_machines
+from nodes import start_machines
 from safetensors.numpy import load_file
 
 from gsl_dist.client import Client
