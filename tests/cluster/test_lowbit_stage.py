@@ -1,7 +1,5 @@
 """Low-bit encoders by config: trained on workers, resumed, written as codes, and encoded with."""
 
-import json
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +14,7 @@ from gsl_dist.cluster.train import TrainConfig, run_train
 from gsl_dist.config import check_config
 from gsl_dist.errors import ArtefactError, ConfigError
 from gsl_dist.fit import embed
+from gsl_dist.storage import Folder
 
 pytestmark = pytest.mark.ray
 
@@ -123,14 +122,14 @@ def test_layers_that_share_weights_are_not_quantized(tmp_path):
 def test_a_file_whose_codes_were_cut_is_not_read(ray_session, tmp_path):
     tree = settings(tmp_path, "model", INCREMENTAL)
     train(tree)
-    path, card_path = tmp_path / "model" / "encoder.safetensors", tmp_path / "model" / "model.json"
+    path, folder = tmp_path / "model" / "encoder.safetensors", Folder(tree["output"])
     content = path.read_bytes()
     path.write_bytes(content[:-3])
     with pytest.raises(ArtefactError, match=r"encoder\.safetensors"):
         load_encoder(tree["output"])
     path.write_bytes(content)
-    card = json.loads(card_path.read_text())
+    card = folder.read_sealed("model.json")
     card["config"]["encoder"]["hidden"] = [16]
-    card_path.write_text(json.dumps(card))
+    folder.write_sealed("model.json", card)
     with pytest.raises(ArtefactError, match="the weights do not fit the network"):
         load_encoder(tree["output"])

@@ -183,7 +183,7 @@ def build_here(place, model="model"):
 
     encoder = ShardEncoder(config, "test")
     note = encoder.encode_shard(0, 0, 60)
-    _publish(config, encoder.codebook, Folder(config.output), "test", [note])
+    _publish(config, encoder.codebook, "test", [note], None)
     return encoder, note
 
 
@@ -275,7 +275,7 @@ def test_the_command_line_takes_a_file_for_each_modality(world):
 def test_queries_are_files_or_numbers_of_every_modality_that_the_encoder_needs(tmp_path):
     train_here(tmp_path, "index/versions/v1/model")
     encoder, _ = load_encoder(str(tmp_path / "index/versions/v1/model"))
-    asked = QueryEncoder(str(tmp_path / "index"), SimpleNamespace(version="v1", dim=8, metric="l2"))
+    asked = QueryEncoder(str(tmp_path / "index"), SimpleNamespace(version="v1", dim=8, metric="l2", model=[]))
     draw = np.random.default_rng(0)
     image, edges = draw.integers(0, 255, (2, 10, 10, 1)).astype(np.uint8)
     mixed = asked.encode([{"image": picture(image[:, :, 0]), "edges": edges.tolist()}])
