@@ -58,7 +58,7 @@ class Folder:
         self.location, self.cache = resolve_location(os.fspath(location)), cache
         try:
             self._fs, self._base = find_store(self.location)
-        except pa.ArrowInvalid as error:
+        except ValueError as error:
             allowed = (
                 f"it must be a path, or a URI that pyarrow.fs understands ({hide_key(str(error).splitlines()[0])})"
             )

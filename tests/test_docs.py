@@ -280,13 +280,13 @@ def test_every_config_model_of_the_package_is_reached_from_a_stage(site):
 
 
 def test_every_setting_says_what_it_means():
-    settings = open_maker("settings")
-    models = [*settings.list_models().values(), *settings.list_groups()]
+    fields = open_maker("fields")
+    models = [*fields.list_models().values(), *fields.list_groups()]
     silent = {
         f"{model.__name__}.{name}"
         for model in models
         for name, field in model.model_fields.items()
-        if name != "kind" and not field.description and not list(settings.find_models(field.annotation))
+        if name != "kind" and not field.description and not list(fields.find_models(field.annotation))
     }
     assert silent == set()
 

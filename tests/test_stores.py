@@ -20,7 +20,7 @@ from gsl_dist.cache import Cache, FileEntry
 from gsl_dist.config import check_config
 from gsl_dist.data import CorpusConfig, open_corpus
 from gsl_dist.errors import ArtefactError, BadInput
-from gsl_dist.storage import Folder, split_location
+from gsl_dist.storage import Folder, join_location, split_location
 
 pytestmark = pytest.mark.timeout(120)
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
@@ -155,7 +155,7 @@ def test_a_corpus_in_a_store_that_fails_is_read_as_on_a_disk(proxy, folder, tmp_
     folder.write_bytes(name, (tmp_path / name).read_bytes())
     columns = {"id_column": "id", "vector_column": "vector"} if name[0] in "pa" else {}
     near, far = (
-        open_corpus(check_config(CorpusConfig, {"path": place.path(name), **columns}))
+        open_corpus(check_config(CorpusConfig, {"path": join_location(place.location, name), **columns}))
         for place in (Folder(tmp_path), folder)
     )
     proxy.faults = Faults(refused=0.03, dropped=0.05, cut=0.1, seed=2)

@@ -9,18 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import commands
+import fields
 import outside
 import python
 import results
 import routes
-import settings
 from formulas import Formulas
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 MADE = {
-    "reference/configs.md": settings.write_page,
+    "reference/configs.md": fields.write_page,
     "reference/commands.md": commands.write_page,
     "reference/http.md": routes.write_page,
     "reference/python.md": python.write_page,

@@ -298,7 +298,7 @@ def test_a_commit_that_is_gone_is_missed(tmp_path):
     manifest, log = open_version(index), WriteLog(index)
     for item in (5, 6, 7):
         log.append([Write("delete", item)], manifest.space)
-    next((tmp_path / "log").glob("*2-*.arrow")).unlink()
+    next((tmp_path / "log").glob(f"{2:016}-*.arrow")).unlink()
     with pytest.raises(GslError, match="commit 2 should lie before it and is missing"):
         read_overlay(index, manifest)
 
