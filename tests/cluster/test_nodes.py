@@ -207,13 +207,13 @@ def test_copies_of_a_part_lie_on_different_machines_and_the_loss_of_one_is_not_n
     held = [[name.rpartition("-")[0] for name in find_replicas(node)] for node in machines.nodes]
     assert [sorted(parts) for parts in held] == [["replica-0", "replica-1"]] * 2
     queries = make_clusters(20, 16, 5, 3)[0]
-    expected = open_searcher(str(alone / "index")).search(queries, 5, probes=4)
+    expected = open_searcher(str(alone / "index")).search(queries, 5, probes=4, refine=1)
     with Client(json.loads(told.splitlines()[-1])["url"], token=secret) as client:
         # The router has no second copy: the machine that has it stays.
         next(node for node in machines.nodes if not find_replicas(node, "router")).kill()
         end, asked = time.monotonic() + 10, 0
         while time.monotonic() < end:
-            hits = client.search(queries, 5, 4)
+            hits = client.search(queries, 5, 4, refine=1)
             assert not hits.is_partial and np.array_equal(hits.ids, expected.ids)
             asked += 1
     assert asked > 10
