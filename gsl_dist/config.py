@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import posixpath
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from gsl_dist.errors import ConfigError
+from gsl_dist.errors import ConfigError, hide_key
 
 
 class Strict(BaseModel):
@@ -59,11 +58,6 @@ def resolve_location(location: str) -> str:
     return _place_below(root, path) if root and not os.path.isabs(path) else os.path.abspath(path)
 
 
-def hide_key(location: str) -> str:
-    """Give a location as messages and artefacts may show it: without the key that a URI may bear before its host."""
-    return _KEY.sub("://***@", location)
-
-
 def hide_keys(tree: Any) -> Any:
     """Give settings without the keys that locations in them bear."""
     if isinstance(tree, Mapping):
@@ -81,8 +75,6 @@ def _place_below(root: str, path: str) -> str:
         raise ValueError(f"a path may not lead out of {ROOT}={root}")
     return root.rstrip("/") if below == "." else f"{root.rstrip('/')}/{below}"
 
-
-_KEY = re.compile(r"://[^/@?]+@")
 
 Location = Annotated[str, AfterValidator(resolve_location)]
 """A path or a URI that `pyarrow.fs` understands, made absolute when a config is loaded."""

@@ -8,7 +8,10 @@ them cross Ray workers, so they survive pickling with their fields.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+_KEY = re.compile(r"://[^/@?]+@")
 
 
 class GslError(Exception):
@@ -26,8 +29,8 @@ class BadInput(GslError, ValueError):  # noqa: N818 - reads as what it is
     """
 
     def __init__(self, field: str, value: Any, allowed: str, status: int = 400) -> None:
-        self.field, self.value, self.allowed, self.status = field, shorten(value), allowed, status
-        super().__init__(f"{field}: got {self.value}, but {allowed}")
+        self.field, self.value, self.allowed, self.status = field, shorten(value), hide_key(allowed), status
+        super().__init__(f"{field}: got {self.value}, but {self.allowed}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.args, self.__dict__)
@@ -54,8 +57,8 @@ class ArtefactError(GslError):
     """
 
     def __init__(self, path: str, reason: str) -> None:
-        self.path, self.reason = str(path), reason
-        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = hide_key(str(path)), hide_key(reason)
+        super().__init__(f"{self.path}: {self.reason}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.args, self.__dict__)
@@ -122,9 +125,14 @@ def unpack_error(text: str) -> GslError:
     return _restore(kind, tuple(plain["args"]), plain["fields"])
 
 
+def hide_key(text: str) -> str:
+    """Give a text as messages and artefacts may show it: without the keys that URIs in it bear before their host."""
+    return _KEY.sub("://***@", text)
+
+
 def shorten(value: Any, limit: int = 80) -> str:
-    """Show a value in at most `limit` characters."""
-    text = repr(value)
+    """Show a value in at most `limit` characters, without keys."""
+    text = hide_key(repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -33,8 +33,8 @@ import pyarrow.fs as fs
 
 from gsl_dist.cache import CHUNK_BYTES, Cache, fetch_whole
 from gsl_dist.cache import FileEntry as FileEntry
-from gsl_dist.config import hide_key, resolve_location
-from gsl_dist.errors import ArtefactError, BadInput
+from gsl_dist.config import resolve_location
+from gsl_dist.errors import ArtefactError, BadInput, hide_key
 
 T = TypeVar("T")
 
@@ -59,10 +59,8 @@ class Folder:
         try:
             self._fs, self._base = find_store(self.location)
         except ValueError as error:
-            allowed = (
-                f"it must be a path, or a URI that pyarrow.fs understands ({hide_key(str(error).splitlines()[0])})"
-            )
-            raise BadInput("path", hide_key(self.location), allowed) from None
+            allowed = f"it must be a path, or a URI that pyarrow.fs understands ({str(error).splitlines()[0]})"
+            raise BadInput("path", self.location, allowed) from None
         self.is_local = isinstance(self._fs, fs.LocalFileSystem)
 
     def __repr__(self) -> str:

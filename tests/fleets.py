@@ -5,6 +5,7 @@ import json
 import time
 
 import httpx
+import numpy as np
 
 from gsl_dist.index.search import open_searcher
 from gsl_dist.service.access import Access
@@ -14,6 +15,11 @@ from gsl_dist.service.links import Fleet, name_copies, spread_shards
 from gsl_dist.service.reading import Limits
 from gsl_dist.service.replica import Replica
 from gsl_dist.service.router import Router, RouterConfig
+
+
+def same(hits, expected):
+    """Whether hits are those of another way to ask, to the last bit."""
+    return np.array_equal(hits.ids, expected.ids) and np.array_equal(hits.distances, expected.distances)
 
 
 class World:

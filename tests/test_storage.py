@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from gsl_dist.errors import ArtefactError, BadInput
+from gsl_dist.errors import ArtefactError, BadInput, DataError
 from gsl_dist.storage import FileEntry, Folder, split_location
 
 
@@ -194,6 +194,8 @@ def test_no_message_shows_the_key_in_a_uri():
     with pytest.raises(BadInput) as caught:
         Folder("ftp://user:hush@host/index")
     assert "hush" not in str(caught.value) and "***@host" in str(caught.value)
+    for error in (DataError("corpus", "s3://user:hush@b/rows", "no"), ArtefactError("s3://user:hush@b/x", "cut")):
+        assert "hush" not in str(error) and "s3://***@b/" in str(error)
 
 
 def test_drafts_of_killed_writers_are_swept_and_nothing_else(folder):

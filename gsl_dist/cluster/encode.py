@@ -142,7 +142,7 @@ class ShardEncoder:
             return None
         if self.config.execution != "torch":
             folder = Folder(self.config.output)
-            decided = Decision.model_validate(folder.read_json(NOTE))
+            decided = Decision.model_validate(folder.read_sealed(NOTE))
             if decided.path != "torch":
                 return open_encoder(folder, decided, self.config.resources.threads)
         return load_encoder(self.config.model)[0].to(self.device)

@@ -7,7 +7,6 @@ of the same files and with the same settings, is not measured again.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from gsl_dist.cluster.encode import read_codes
 from gsl_dist.cluster.query import QueryEncoder, has_model
 from gsl_dist.cluster.session import Progress, stay_quiet
 from gsl_dist.codebook import FloatArray, IdArray
-from gsl_dist.config import Location, Resources, Strict, fingerprint_config
+from gsl_dist.config import Location, Resources, Strict, fingerprint_config, hide_keys
 from gsl_dist.data import CorpusConfig, open_corpus
 from gsl_dist.errors import ArtefactError, ConfigError
 from gsl_dist.evaluate import evaluate_map, quantization_error, rank_exact, recall_at
@@ -105,7 +104,7 @@ def run_evaluate(config: EvaluateConfig, progress: Progress = stay_quiet) -> dic
         measured["recall_by_probes"] = _recall_by_probes(config, searcher, vectors_QD, truth)
         measured["recall_at_10_vs_exact"] = measured["recall_by_probes"][-1]["recall_at_10"]
     progress("evaluate", 3, 3, "done")
-    folder.write_sealed(name, measured | {"config": json.loads(config.model_dump_json()), "made_by": made_by})
+    folder.write_sealed(name, measured | {"config": hide_keys(config.model_dump(mode="json")), "made_by": made_by})
     return measured
 
 

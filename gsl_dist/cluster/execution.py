@@ -157,7 +157,7 @@ def settle_execution(folder: Folder, asked: Asked, corpus: Corpus, codebook: Cod
         machine=f"{platform.machine()}, {asked.threads} thread(s)",
         ways=ways,
     )
-    folder.write_json(NOTE, decided.model_dump(mode="json"))
+    folder.write_sealed(NOTE, decided.model_dump(mode="json"))
     logger.info("encoding by %s; rows a second: %s", path, {name: round(way.rows_per_s) for name, way in ways.items()})
     if decided.ways[path].noise > MOST_NOISE:
         noise = f"{decided.ways[path].noise:.2f} of what codes lose"
@@ -195,7 +195,7 @@ def _find_decision(folder: Folder, made_by: str) -> Decision | None:
     if not folder.exists(NOTE):
         return None
     try:
-        decided = Decision.model_validate(folder.read_json(NOTE))
+        decided = Decision.model_validate(folder.read_sealed(NOTE))
         if decided.graph:
             folder.check(decided.graph)
     except (ValidationError, ArtefactError):

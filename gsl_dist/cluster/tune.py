@@ -11,7 +11,6 @@ corpus or from those that the version keeps, so many at a time. With an `output`
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +23,7 @@ from pydantic import Field
 from gsl_dist.cluster.evaluate import embed_queries, find_measured
 from gsl_dist.cluster.session import Progress, stay_quiet
 from gsl_dist.codebook import FloatArray, IdArray
-from gsl_dist.config import Location, Resources, Strict, fingerprint_config
+from gsl_dist.config import Location, Resources, Strict, fingerprint_config, hide_keys
 from gsl_dist.data import CorpusConfig, open_corpus
 from gsl_dist.errors import ConfigError
 from gsl_dist.evaluate import rank_exact, recall_at
@@ -81,7 +80,7 @@ def run_tune(config: TuneConfig, progress: Progress = stay_quiet) -> dict[str, A
     curve = [point.model_dump() for point in points]
     if config.output:
         folder, name = split_location(config.output)
-        dumped = json.loads(config.model_dump_json())
+        dumped = hide_keys(config.model_dump(mode="json"))
         folder.write_sealed(name, shown | {"points": curve, "config": dumped, "made_by": made_by})
     return shown | _choose(config, points) | {"points": curve}
 

@@ -19,7 +19,7 @@ import pyarrow.fs as fs
 from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from gsl_dist.config import Location, Strict, hide_key
+from gsl_dist.config import Location, Strict
 from gsl_dist.errors import ArtefactError, DataError
 from gsl_dist.storage import Folder, find_store, split_location
 
@@ -247,12 +247,11 @@ def _look_up(location: str) -> tuple[fs.FileSystem, str, bool]:
         root, base = find_store(location)
         kind = root.get_file_info(base).type
     except (pa.ArrowException, OSError, ValueError) as error:
-        said = hide_key(str(error))
-        raise DataError("corpus.path", hide_key(location), f"it must be a place that can be read ({said})") from None
+        raise DataError("corpus.path", location, f"it must be a place that can be read ({error})") from None
     if kind == fs.FileType.NotFound:
-        raise DataError("corpus.path", hide_key(location), "there is no such file or folder")
+        raise DataError("corpus.path", location, "there is no such file or folder")
     if not base.strip("/"):
-        raise DataError("corpus.path", hide_key(location), "it must be a folder of its own, not the root of everything")
+        raise DataError("corpus.path", location, "it must be a folder of its own, not the root of everything")
     return root, base, kind == fs.FileType.File
 
 

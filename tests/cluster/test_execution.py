@@ -1,6 +1,5 @@
 """By what a corpus is encoded: decided once, told truly, obeyed by all workers and by a relaunch."""
 
-import json
 
 import numpy as np
 import pyarrow as pa
@@ -205,4 +204,4 @@ def test_a_worker_with_another_runtime_or_a_damaged_graph_stops(world, monkeypat
 
 def test_a_note_holds_what_the_card_tells(world):
     card = run_encode(settings(world, "int8", execution="int8"))
-    assert json.loads((world / "int8" / "execution.json").read_text()) == card.facts["execution"]
+    assert Folder(world / "int8").read_sealed("execution.json") == card.facts["execution"]

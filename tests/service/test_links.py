@@ -5,11 +5,10 @@ import threading
 import time
 
 import httpx
-import numpy as np
 import pytest
 
 pytest.importorskip("uvicorn")
-from fleets import World
+from fleets import World, same
 from worlds import make_index, make_queries
 
 from gsl_dist.client import Client
@@ -22,10 +21,6 @@ def world(tmp_path):
     world = World(tmp_path, copies=2)
     yield world
     world.stop()
-
-
-def same(hits, expected):
-    return np.array_equal(hits.ids, expected.ids) and np.array_equal(hits.distances, expected.distances)
 
 
 def test_two_copies_answer_as_one_process_does(world):

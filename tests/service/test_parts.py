@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("uvicorn")
-from fleets import World
+from fleets import World, same
 from worlds import make_index, make_queries
 
 from gsl_dist.client import Client
@@ -24,10 +24,6 @@ def world(tmp_path_factory):
     world = World(folder)
     yield world
     world.stop()
-
-
-def same(hits, expected):
-    return np.array_equal(hits.ids, expected.ids) and np.array_equal(hits.distances, expected.distances)
 
 
 def watch_asked(world, monkeypatch):

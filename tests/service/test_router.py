@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 pytest.importorskip("uvicorn")
-from fleets import World
+from fleets import World, same
 from worlds import make_codebook, make_index, make_queries
 
 from gsl_dist.client import Client
@@ -131,10 +131,6 @@ def fragile(tmp_path):
     world = World(tmp_path)
     yield world
     world.stop()
-
-
-def same(hits, expected):
-    return np.array_equal(hits.ids, expected.ids) and np.array_equal(hits.distances, expected.distances)
 
 
 def good(**changes):
