@@ -1,6 +1,5 @@
 """By what a corpus is encoded: decided once, told truly, obeyed by all workers and by a relaunch."""
 
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
