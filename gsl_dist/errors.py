@@ -64,6 +64,22 @@ class ArtefactError(GslError):
         return _restore, (type(self), self.args, self.__dict__)
 
 
+class Unwritable(GslError):  # noqa: N818
+    """A place takes no more: its disk is full, it may not be written, or a store refused what was sent.
+
+    Args:
+        path: the file.
+        reason: what the system said.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = hide_key(str(path)), hide_key(reason)
+        super().__init__(f"{self.path}: it cannot be written ({self.reason})")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+
 class ShardUnavailable(GslError):  # noqa: N818
     """Shards did not answer and the caller asked for all of them.
 
@@ -120,8 +136,18 @@ def pack_error(error: GslError) -> str:
 def unpack_error(text: str) -> GslError:
     """Undo `pack_error`."""
     plain = json.loads(text)
-    kinds = (BadInput, ConfigError, DataError, QueryError, ArtefactError, ShardUnavailable, Overloaded, Denied)
-    kind = next((kind for kind in kinds if kind.__name__ == plain["kind"]), GslError)
+    ours = (
+        BadInput,
+        ConfigError,
+        DataError,
+        QueryError,
+        ArtefactError,
+        Unwritable,
+        ShardUnavailable,
+        Overloaded,
+        Denied,
+    )
+    kind = next((kind for kind in ours if kind.__name__ == plain["kind"]), GslError)
     return _restore(kind, tuple(plain["args"]), plain["fields"])
 
 

@@ -13,6 +13,7 @@ killed leaves its draft behind; whoever finishes the folder sweeps it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -34,7 +35,7 @@ import pyarrow.fs as fs
 from gsl_dist.cache import CHUNK_BYTES, Cache, fetch_whole
 from gsl_dist.cache import FileEntry as FileEntry
 from gsl_dist.config import resolve_location
-from gsl_dist.errors import ArtefactError, BadInput, hide_key
+from gsl_dist.errors import ArtefactError, BadInput, Unwritable, hide_key
 
 T = TypeVar("T")
 
@@ -42,6 +43,7 @@ _REMOTE_TRIES, _SEND_AGAIN = 6, (2, 4)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _DIGEST = "digest"
 _DRAFT = re.compile(r"\..+\.[0-9a-f]{32}")
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _CONNECT_S, _REQUEST_S, _REQUEST_TRIES = 5.0, 30.0, 4
 
 
@@ -163,12 +165,15 @@ class Folder:
         """Give a local path to write to; the file appears under its name when the block ends without an error.
 
         The data is on the disk before the name is: a crash leaves the old file or the new one, never a part.
+
+        Raises:
+            Unwritable: the disk is full, or the place may not be written.
         """
         base = Path(self._base) if self.is_local else Path(tempfile.gettempdir())
         draft = base / name if self.is_local else base / Path(name).name
         draft = draft.with_name(f".{draft.name}.{uuid.uuid4().hex}")
-        draft.parent.mkdir(parents=True, exist_ok=True)
         try:
+            draft.parent.mkdir(parents=True, exist_ok=True)
             yield draft
             if self.is_local:
                 _sync(draft)
@@ -176,6 +181,10 @@ class Folder:
                 _sync(draft.parent)
             else:
                 self._send(draft, name)
+        except OSError as error:
+            if error.errno in _UNWRITABLE:
+                raise Unwritable(self.path(name), os.strerror(error.errno)) from error
+            raise
         finally:
             draft.unlink(missing_ok=True)
 

@@ -12,6 +12,7 @@ from gsl_dist.errors import (
     Overloaded,
     QueryError,
     ShardUnavailable,
+    Unwritable,
     shorten,
 )
 
@@ -22,6 +23,7 @@ ERRORS = [
     DataError("id", 7, "each id may occur once"),
     QueryError("vectors", [1, 2], "the index holds 3 numbers", status=413),
     ArtefactError("/index/v1", "no such file"),
+    Unwritable("/index/v1/a.bin", "No space left on device"),
     ShardUnavailable(["shard-00001"], 3),
     Overloaded(256, 2.0),
     Denied("this needs a token of scope admin", 403),

@@ -1,9 +1,11 @@
 import pickle
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from gsl_dist.errors import ArtefactError, BadInput, DataError
+from gsl_dist.errors import ArtefactError, BadInput, DataError, Unwritable
 from gsl_dist.storage import FileEntry, Folder, split_location
 
 
@@ -44,6 +46,24 @@ def test_a_draft_that_was_never_written_is_an_error_and_leaves_nothing(folder):
     with pytest.raises(FileNotFoundError), folder.whole("a.bin"):
         pass
     assert everything_in(folder) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+@pytest.mark.parametrize("write", [Path.write_bytes, lambda path, content: pq.write_table(pa.table({"a": [1]}), path)])
+def test_a_full_disk_is_named_with_what_could_not_be_written_and_nothing_is_left(folder, write):
+    folder.write_bytes("a.bin", b"old")
+    with (
+        pytest.raises(Unwritable, match=r"a\.bin: it cannot be written \(No space left"),
+        folder.whole("a.bin") as draft,
+    ):
+        draft.symlink_to("/dev/full")
+        write(draft, b"new")
+    assert folder.read_bytes("a.bin") == b"old" and everything_in(folder) == ["a.bin"]
+
+
+def test_what_the_writer_itself_could_not_read_is_not_blamed_on_the_disk(folder):
+    with pytest.raises(FileNotFoundError), folder.whole("a.bin"):
+        Path("/nowhere").read_bytes()
 
 
 def test_a_file_in_a_folder_below_is_written_whole(folder):
