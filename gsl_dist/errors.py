@@ -65,7 +65,7 @@ class ArtefactError(GslError):
 
 
 class Unwritable(GslError):  # noqa: N818
-    """A place takes no more: its disk is full, it may not be written, or a store refused what was sent.
+    """A place takes no more: its disk is full, or may not be written.
 
     Args:
         path: the file.
@@ -136,18 +136,8 @@ def pack_error(error: GslError) -> str:
 def unpack_error(text: str) -> GslError:
     """Undo `pack_error`."""
     plain = json.loads(text)
-    ours = (
-        BadInput,
-        ConfigError,
-        DataError,
-        QueryError,
-        ArtefactError,
-        Unwritable,
-        ShardUnavailable,
-        Overloaded,
-        Denied,
-    )
-    kind = next((kind for kind in ours if kind.__name__ == plain["kind"]), GslError)
+    kinds = {kind.__name__: kind for kind in (*GslError.__subclasses__(), *BadInput.__subclasses__())}
+    kind = kinds.get(plain["kind"], GslError)
     return _restore(kind, tuple(plain["args"]), plain["fields"])
 
 

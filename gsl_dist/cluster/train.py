@@ -34,6 +34,7 @@ from gsl_dist.cluster.checkpoint import read_state, write_state
 from gsl_dist.cluster.compress import compress_encoder, plan_model
 from gsl_dist.cluster.coordinator import Agenda, Seat, check_rows, start_coordinator
 from gsl_dist.cluster.model import pick_device, save_model
+from gsl_dist.cluster.network import Reachable
 from gsl_dist.cluster.session import Progress, own_errors, start_session, stay_quiet, watch_remarks
 from gsl_dist.codebook import Codebook
 from gsl_dist.config import Location, Resources, Strict, fingerprint_config
@@ -316,6 +317,7 @@ def _train(config: TrainConfig, rows: Any, folder: Folder, made_by: str, progres
         _train_worker,
         # Ray Train copies and logs this dict: the rows travel as a reference in a list, which it leaves alone.
         train_loop_config={"config": config.model_dump(mode="json"), "rows": [rows], "coordinator": coordinator},
+        torch_config=Reachable(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.resources.workers, use_gpu=config.resources.gpus > 0, resources_per_worker=resources
         ),
