@@ -19,6 +19,8 @@ from gsl_dist.errors import GslError
 Progress = Callable[[str, int, int, str], None]
 """Called as progress(what, done, total, remark); the doors draw it, or not."""
 
+_STOP_TRIES, _STOP_S = 3, 1.0
+
 
 def stay_quiet(what: str, done: int, total: int, remark: str) -> None:
     """Draw no progress."""
@@ -81,9 +83,18 @@ def run_tasks(
                 found[number] = ray.get(ready)
                 ended(len(found), found[number])
         finally:
-            for left in waiting:
-                ray.cancel(left)
+            _stop_tasks(list(waiting))
     return [found[number] for number in range(len(calls))]
+
+
+def _stop_tasks(running: list[Any]) -> None:
+    # Where it meets a task that is just about to start, Ray loses what it is told: those that go on are told again.
+    for _ in range(_STOP_TRIES):
+        if not running:
+            return
+        for task in running:
+            ray.cancel(task)
+        _, running = ray.wait(running, num_returns=len(running), timeout=_STOP_S)
 
 
 @contextlib.contextmanager
