@@ -31,12 +31,15 @@ def ray_session():
     ray = pytest.importorskip("ray")
     inherited = os.environ.get("PYTHONPATH")
     paths = [str(ROOT), str(ROOT / "tests"), *([inherited] if inherited else [])]
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
-    )
+    from gsl_dist.cluster.session import heard_interrupts
+
+    with heard_interrupts():
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
+        )
     yield
     ray.shutdown()

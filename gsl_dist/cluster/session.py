@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,6 @@ from gsl_dist.errors import GslError
 
 Progress = Callable[[str, int, int, str], None]
 """Called as progress(what, done, total, remark); the doors draw it, or not."""
-
-_STOP_TRIES, _STOP_S = 3, 1.0
 
 
 def stay_quiet(what: str, done: int, total: int, remark: str) -> None:
@@ -43,7 +42,7 @@ def start_session(cpus: float = 1) -> None:
     cores = max(os.cpu_count() or 1, int(cpus) + 1)
     # Workers start in another folder; whatever the driver can import, they can. They inherit it: those that were given
     # an environment of their own would not be the processes that Ray starts ahead of the first task.
-    with _environ("PYTHONPATH", os.pathsep.join(_import_paths())):
+    with _environ("PYTHONPATH", os.pathsep.join(_import_paths())), heard_interrupts():
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
 
 
@@ -83,18 +82,9 @@ def run_tasks(
                 found[number] = ray.get(ready)
                 ended(len(found), found[number])
         finally:
-            _stop_tasks(list(waiting))
+            for left in waiting:
+                ray.cancel(left)
     return [found[number] for number in range(len(calls))]
-
-
-def _stop_tasks(running: list[Any]) -> None:
-    # Where it meets a task that is just about to start, Ray loses what it is told: those that go on are told again.
-    for _ in range(_STOP_TRIES):
-        if not running:
-            return
-        for task in running:
-            ray.cancel(task)
-        _, running = ray.wait(running, num_returns=len(running), timeout=_STOP_S)
 
 
 @contextlib.contextmanager
@@ -154,6 +144,25 @@ def stage_clock(seconds: dict[str, float], stage: str) -> Iterator[None]:
         yield
     finally:
         seconds[stage] = time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def heard_interrupts() -> Iterator[None]:
+    """Let processes that are started meanwhile hear interrupts, by which Ray ends tasks that it is told to cancel.
+
+    A shell starts what is to go on in the background with interrupts ignored, and so would all of Ray's workers: the
+    tasks of a stage that failed would go on to their end.
+    """
+    is_deaf = (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread()
+    )
+    if is_deaf:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if is_deaf:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

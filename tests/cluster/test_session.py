@@ -1,11 +1,14 @@
 """Work handed to Ray in tasks: in order, so many at once, again where a process was lost, and stopped by an error."""
 
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 from chores import double, fall_once, name_process, refuse
 
-from gsl_dist.cluster.session import run_tasks
+from gsl_dist.cluster.session import heard_interrupts, run_tasks
 from gsl_dist.config import Resources
 from gsl_dist.errors import DataError
 
@@ -46,3 +49,19 @@ def test_the_first_error_is_raised_as_ours_and_ends_the_rest(ray_session, tmp_pa
 
 def test_a_process_that_is_free_takes_the_next_task(ray_session):
     assert len(set(run_tasks(name_process, [(number,) for number in range(8)], SMALL, at_once=1))) == 1
+
+
+def test_what_is_started_in_the_background_still_starts_processes_that_hear_interrupts():
+    ask = [sys.executable, "-c", "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"]
+
+    def is_deaf():
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip() == "True"
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert is_deaf()
+        with heard_interrupts():
+            assert not is_deaf()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
