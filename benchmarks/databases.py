@@ -12,6 +12,7 @@ import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from systems import CORES, Array, Asker, Effort, System
 
-_START_S = 60.0
+_START_S, _STOP_S = 60.0, 10.0
 
 
 # LanceDB
@@ -336,8 +337,13 @@ def running(command: list[str], port: int, **how: Any) -> Iterator[None]:
         yield
     finally:
         # PostgreSQL takes SIGINT for: hang up on everybody and end; the others end by it as well.
-        server.send_signal(2)
-        server.wait(_START_S)
+        # A shell starts what goes on in the background with that ignored.
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            server.terminate()
+            server.wait(_START_S)
 
 
 def _answers(port: int) -> bool:

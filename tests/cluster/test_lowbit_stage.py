@@ -1,5 +1,7 @@
 """Low-bit encoders by config: trained on workers, resumed, written as codes, and encoded with."""
 
+import shutil
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -7,6 +9,7 @@ import torch
 from corpora import make_clusters, write_vectors
 from safetensors.numpy import load_file
 
+from gsl_dist.artefact import open_card
 from gsl_dist.cluster.codebook import CodebookConfig, run_codebook
 from gsl_dist.cluster.encode import EncodeConfig, run_encode
 from gsl_dist.cluster.model import load_encoder
@@ -46,28 +49,36 @@ def weights(tmp_path, name):
     return load_file(tmp_path / name / "encoder.safetensors")
 
 
-def test_two_workers_write_codes_that_say_their_size_and_encode_as_a_float_network(ray_session, tmp_path):
-    told = []
-    tree = settings(tmp_path, "model", STOCHASTIC, resources={"workers": 2})
-    card = train(tree, lambda *progress: told.append(progress))
+@pytest.fixture(scope="module")
+def binary(ray_session, tmp_path_factory):
+    """A folder with a model of binary weights that two workers trained, its settings, and what was told meanwhile."""
+    place, told = tmp_path_factory.mktemp("binary"), []
+    tree = settings(place, "model", STOCHASTIC, resources={"workers": 2})
+    train(tree, lambda *progress: told.append(progress))
+    return place, tree, told
+
+
+def test_two_workers_write_codes_that_say_their_size_and_encode_as_a_float_network(binary):
+    place, tree, told = binary
+    card = open_card(Folder(tree["output"]), "model")
     assert [(record["stage"], record["ratio"]) for record in card.facts["history"]] == [(1, 0.5)] * 2 + [(2, 1.0)] * 2
     assert told[-1][:3] == ("snap", 4, 4) and told[-1][3].endswith("stage 2 of 2, 100.0% of the weights low-bit")
 
     numbers, biases = 16 * 32 + 32 * 8, 32 + 8
     facts = card.facts
-    assert facts["encoder_bytes"] == (tmp_path / "model" / "encoder.safetensors").stat().st_size
+    assert facts["encoder_bytes"] == (place / "model" / "encoder.safetensors").stat().st_size
     assert facts["encoder_bytes_float"] == 4 * (numbers + biases)
     assert facts["encoder_bytes_ideal"] == numbers // 8 + 4 * biases
 
     encoder, _ = load_encoder(tree["output"])
     assert all(len(row.unique()) == 2 for layer in (1, 3) for row in encoder.backbone[layer].weight)
-    book = {"source": "trained", "model": tree["output"], "output": str(tmp_path / "book")}
+    book = {"source": "trained", "model": tree["output"], "output": str(place / "book")}
     run_codebook(check_config(CodebookConfig, book))
     corpus = {key: value for key, value in tree["corpus"].items() if key != "label_column"}
-    shard = {"corpus": corpus, "model": tree["output"], "codebook": book["output"], "output": str(tmp_path / "codes")}
+    shard = {"corpus": corpus, "model": tree["output"], "codebook": book["output"], "output": str(place / "codes")}
     codes = run_encode(check_config(EncodeConfig, shard | {"keep_vectors": True}))
     assert codes.facts["encoder_path"] == "binary weights, decoded to float32 when read"
-    table = pq.read_table(tmp_path / "codes" / "shard-00000.parquet")
+    table = pq.read_table(place / "codes" / "shard-00000.parquet")
     kept = np.stack(table["vector"].to_numpy())[np.argsort(table["id"].to_numpy())]
     items = torch.from_numpy(make_clusters(600, 16, 5, 0)[0])
     assert np.array_equal(kept, embed(encoder, items).numpy().astype(np.float16))
@@ -119,17 +130,16 @@ def test_layers_that_share_weights_are_not_quantized(tmp_path):
         train(settings(tmp_path, "model", STOCHASTIC, compress={"model": "float", "ratio": 4}))
 
 
-def test_a_file_whose_codes_were_cut_is_not_read(ray_session, tmp_path):
-    tree = settings(tmp_path, "model", INCREMENTAL)
-    train(tree)
-    path, folder = tmp_path / "model" / "encoder.safetensors", Folder(tree["output"])
+def test_a_file_whose_codes_were_cut_is_not_read(binary, tmp_path):
+    folder = Folder(shutil.copytree(binary[0] / "model", tmp_path / "model"))
+    path = tmp_path / "model" / "encoder.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-3])
     with pytest.raises(ArtefactError, match=r"encoder\.safetensors"):
-        load_encoder(tree["output"])
+        load_encoder(folder.location)
     path.write_bytes(content)
     card = folder.read_sealed("model.json")
     card["config"]["encoder"]["hidden"] = [16]
     folder.write_sealed("model.json", card)
     with pytest.raises(ArtefactError, match="the weights do not fit the network"):
-        load_encoder(tree["output"])
+        load_encoder(folder.location)

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from corpora import read_pictures, write_images, write_vectors
 from safetensors.numpy import load_file
 
+from gsl_dist.artefact import open_card
 from gsl_dist.cluster.model import load_encoder, load_trained_codebook
 from gsl_dist.cluster.train import EpochBatches, TrainConfig, mine_rows, run_train
 from gsl_dist.codebook import Codebook
@@ -71,14 +73,22 @@ def weights(tmp_path, name):
     return load_file(tmp_path / name / "encoder.safetensors")
 
 
-def test_two_workers_train_what_one_does(ray_session, tmp_path):
-    for workers in (1, 2):
-        card = train(settings(tmp_path, f"model{workers}", resources={"workers": workers}))
+@pytest.fixture(scope="module")
+def alone(ray_session, tmp_path_factory):
+    """A folder with the model that one worker trains."""
+    place = tmp_path_factory.mktemp("alone")
+    train(settings(place))
+    return place
+
+
+def test_two_workers_train_what_one_does(alone):
+    for name, workers in (("model", 1), ("other", 2)):
+        card = train(settings(alone, name, resources={"workers": workers}))
         assert [record["phase"] for record in card.facts["history"]] == ["warm-up", "snap", "snap", "snap"]
-    one, two = weights(tmp_path, "model1"), weights(tmp_path, "model2")
+    one, two = weights(alone, "model"), weights(alone, "other")
     for name in one:
         np.testing.assert_allclose(one[name], two[name], atol=2e-4)
-    books = [load_trained_codebook(str(tmp_path / name)) for name in ("model1", "model2")]
+    books = [load_trained_codebook(str(alone / name)) for name in ("model", "other")]
     np.testing.assert_allclose(books[0].books, books[1].books, atol=2e-3)
     np.testing.assert_allclose(books[0].coarse, books[1].coarse, atol=2e-3)
 
@@ -103,15 +113,14 @@ def test_run_with_killed_worker_ends_as_undisturbed_one(ray_session, tmp_path):
     np.testing.assert_allclose(books[0], books[1], atol=1e-4)
 
 
-def test_finished_work_is_not_done_again_nor_overwritten(ray_session, tmp_path):
-    tree = settings(tmp_path)
-    first = train(tree)
-    stamp = (tmp_path / "model" / "encoder.safetensors").stat().st_mtime_ns
-    assert train(settings(tmp_path, resources={"workers": 2})) == first
-    assert (tmp_path / "model" / "encoder.safetensors").stat().st_mtime_ns == stamp
-    assert not (tmp_path / "model" / "runs").exists()
+def test_finished_work_is_not_done_again_nor_overwritten(alone):
+    tree, first = settings(alone), open_card(Folder(alone / "model"), "model")
+    stamp = (alone / "model" / "encoder.safetensors").stat().st_mtime_ns
+    assert train(settings(alone, resources={"workers": 2})) == first
+    assert (alone / "model" / "encoder.safetensors").stat().st_mtime_ns == stamp
+    assert not (alone / "model" / "runs").exists()
     with pytest.raises(ConfigError, match="output"):
-        train(settings(tmp_path, fit={"seed": 1}))
+        train(settings(alone, fit={"seed": 1}))
     encoder, card = load_encoder(tree["output"])
     assert encoder.dim == 8
     assert (
@@ -160,42 +169,58 @@ def test_divergence_is_told_and_not_retried(ray_session, tmp_path):
     assert not (tmp_path / "model" / "model.json").exists()
 
 
-def test_divergence_names_the_last_good_checkpoint(ray_session, tmp_path):
+@pytest.fixture(scope="module")
+def diverged(ray_session, tmp_path_factory):
+    """Settings of a training that diverged, and how that was told."""
     # 9 steps an epoch: step 22 lies in the third, which is called 2.
     arguments = {"width": 16, "dim": 8, "at_step": 22}
     encoder = {"kind": "module", "target": "doomed:Poisoned", "arguments": arguments, "dim": 8}
-    with pytest.raises(Diverged, match=r"diverged in epoch 2.* last good state is that of epoch 1, kept in ") as error:
-        train({**settings(tmp_path), "encoder": encoder})
-    state = torch.load(Path(error.value.checkpoint) / "state.pt", weights_only=True)
+    tree = {**settings(tmp_path_factory.mktemp("diverged")), "encoder": encoder}
+    with pytest.raises(Diverged) as error:
+        train(tree)
+    return tree, error.value
+
+
+def test_divergence_names_the_last_good_checkpoint(diverged):
+    _, error = diverged
+    assert re.search(r"diverged in epoch 2.* last good state is that of epoch 1, kept in ", str(error))
+    state = torch.load(Path(error.checkpoint) / "state.pt", weights_only=True)
     assert [record["epoch"] for record in state["history"]] == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["state.pt", "state.json", "checkpoint_manager_snapshot.json"])
-def test_a_damaged_checkpoint_is_named_and_never_gone_on_from(ray_session, tmp_path, name):
-    arguments = {"width": 16, "dim": 8, "at_step": 22}
-    encoder = {"kind": "module", "target": "doomed:Poisoned", "arguments": arguments, "dim": 8}
-    tree = {**settings(tmp_path), "encoder": encoder}
-    with pytest.raises(Diverged) as error:
-        train(tree)
-    place = Path(error.value.checkpoint)
+def test_a_damaged_checkpoint_is_named_and_never_gone_on_from(diverged, name):
+    tree, error = diverged
+    place = Path(error.checkpoint)
     path = next(folder / name for folder in (place, place.parent) if (folder / name).exists())
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x80
-    path.write_bytes(content)
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(damaged) // 2] ^= 0x80
+    path.write_bytes(damaged)
     with pytest.raises(ArtefactError, match=name):
         train(tree)
+    path.write_bytes(whole)
 
 
 TAUGHT = {"rounds": 0, "last_steps": 30, "learning_rate": 3e-3, "batch_rows": 128}
 
 
+TEACHABLE = {"fit": {"views": 3}, "quantizer": {"residual": False}, "encoder": {"dropout": 0.3}}
+
+
+@pytest.fixture(scope="module")
+def untaught(ray_session, tmp_path_factory):
+    """A folder with a model whose codebook could be taught, and was not."""
+    place = tmp_path_factory.mktemp("untaught")
+    train(settings(place, **TEACHABLE))
+    return place
+
+
 @pytest.mark.parametrize("scores", ["exact", "tables"])
-def test_the_landing_of_a_taught_codebook_is_the_one_the_network_landed_on(ray_session, tmp_path, scores):
-    changes = {"fit": {"views": 3}, "quantizer": {"residual": False}, "encoder": {"dropout": 0.3}}
-    train(settings(tmp_path, "plain", **changes))
-    card = train(settings(tmp_path, "taught", ranked=TAUGHT | {"scores": scores}, **changes))
-    plain, taught = (load_trained_codebook(str(tmp_path / name)) for name in ("plain", "taught"))
-    one, other = weights(tmp_path, "plain"), weights(tmp_path, "taught")
+def test_the_landing_of_a_taught_codebook_is_the_one_the_network_landed_on(untaught, scores):
+    card = train(settings(untaught, scores, ranked=TAUGHT | {"scores": scores}, **TEACHABLE))
+    plain, taught = (load_trained_codebook(str(untaught / name)) for name in ("model", scores))
+    one, other = weights(untaught, "model"), weights(untaught, scores)
     assert all(np.array_equal(one[name], other[name]) for name in one) and card.kind == "model"
     if scores == "exact":
         assert np.array_equal(taught.landing, plain.books) and not np.array_equal(taught.books, plain.books)
