@@ -147,9 +147,12 @@ def hide_key(text: str) -> str:
 
 
 def shorten(value: Any, limit: int = 80) -> str:
-    """Show a value in at most `limit` characters, without keys."""
+    """Show a value in at most `limit` characters, without keys; a long one by its ends, since paths end with names."""
     text = hide_key(repr(value))
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    if len(text) <= limit:
+        return text
+    tail = (limit - 3) // 2
+    return f"{text[: limit - 3 - tail]}...{text[-tail:]}"
 
 
 def _restore(kind: type[GslError], args: tuple[Any, ...], fields: dict[str, Any]) -> GslError:

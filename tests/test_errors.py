@@ -75,4 +75,10 @@ def test_missing_shards_are_counted_and_named():
 @pytest.mark.parametrize("value", ["x" * 79, "x" * 78, "x", list(range(100))])
 def test_a_shown_value_has_at_most_80_characters(value):
     shown = shorten(value)
-    assert len(shown) <= 80 and (shown == repr(value) or (shown.endswith("...") and repr(value)[:77] == shown[:77]))
+    head, _, tail = shown.partition("...")
+    assert len(shown) <= 80 and (shown == repr(value) or (repr(value).startswith(head) and repr(value).endswith(tail)))
+
+
+def test_of_a_long_path_the_name_of_the_file_is_shown():
+    shown = shorten("/data/" + "deep/" * 30 + "queries.npy")
+    assert len(shown) == 80 and shown.startswith("'/data/deep/") and shown.endswith("/queries.npy'")

@@ -188,7 +188,9 @@ def test_divergence_names_the_last_good_checkpoint(diverged):
     assert [record["epoch"] for record in state["history"]] == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["state.pt", "state.json", "checkpoint_manager_snapshot.json"])
+@pytest.mark.parametrize(
+    "name", ["state.pt", pytest.param("state.json", marks=pytest.mark.slow), "checkpoint_manager_snapshot.json"]
+)
 def test_a_damaged_checkpoint_is_named_and_never_gone_on_from(diverged, name):
     tree, error = diverged
     place = Path(error.checkpoint)
@@ -216,7 +218,7 @@ def untaught(ray_session, tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize("scores", ["exact", "tables"])
+@pytest.mark.parametrize("scores", ["exact", pytest.param("tables", marks=pytest.mark.slow)])
 def test_the_landing_of_a_taught_codebook_is_the_one_the_network_landed_on(untaught, scores):
     card = train(settings(untaught, scores, ranked=TAUGHT | {"scores": scores}, **TEACHABLE))
     plain, taught = (load_trained_codebook(str(untaught / name)) for name in ("model", scores))

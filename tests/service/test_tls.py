@@ -3,6 +3,7 @@
 import shutil
 import ssl
 import subprocess
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -71,6 +72,6 @@ def test_a_replica_with_another_certificate_is_not_believed(world, tmp_path):
 
 def test_files_that_are_no_certificate_are_named(tmp_path):
     (tmp_path / "cert.pem").write_text("nothing")
-    for cert in (str(tmp_path / "cert.pem"), "none.pem"):
-        with pytest.raises(ConfigError, match=cert):
-            Tls(cert=cert, key=cert).listen()
+    for cert in (tmp_path / "cert.pem", Path("none.pem")):
+        with pytest.raises(ConfigError, match=cert.name):
+            Tls(cert=str(cert), key=str(cert)).listen()
