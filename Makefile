@@ -27,11 +27,13 @@ install: $(VENV)/installed  ## make the virtual environment
 demo: install  ## run the main job on shipped images and leave build/demo/report.html
 	$(BIN)/gsl demo --output build/demo
 
+# Those without Ray two at a time, a file in one process: those with Ray share one Ray.
 test: install  ## run the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ray and not slow"
+	$(BIN)/python -m pytest -q -m "ray and not slow"
 
 test-fast: install  ## run the tests that need no Ray
-	$(BIN)/python -m pytest -q -m "not ray and not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ray and not slow"
 
 test-slow: install  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow
