@@ -42,8 +42,8 @@ of float, so that mAP is not at equal training. Eight of nine layers have one sh
 are trained for 12 epochs and, with 4 times fewer parameters, for 6 more. After a colon: `execution`, where it is not
 torch; queries always go through torch in float32. Shipped: weights and card, what a worker fetches besides the codebook
 (and besides the graph, of the size that the weights have in float32, or in bytes). Rows a second, where they were
-timed: of one worker that holds the encoder, reading, decoding of images, codes and writing included; median of the
-rounds, arms turn by turn. Equal codes: the share of their bytes that is the same as by torch.
+timed: of one worker that holds the encoder, reading, decoding of images, codes and writing included; the best of
+the rounds, arms turn by turn. Equal codes: the share of their bytes that is the same as by torch.
 """
 WAYS = """Rows a second of one core,
 by the clock of the process, median of rounds, ways turn by turn; 28 x 28 pixels, 64 images at a time, but for "at
