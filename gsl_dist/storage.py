@@ -173,18 +173,15 @@ class Folder:
         draft = base / name if self.is_local else base / Path(name).name
         draft = draft.with_name(f".{draft.name}.{uuid.uuid4().hex}")
         try:
-            draft.parent.mkdir(parents=True, exist_ok=True)
-            yield draft
-            if self.is_local:
-                _sync(draft)
-                os.replace(draft, Path(self._base) / name)
-                _sync(draft.parent)
-            else:
-                self._send(draft, name)
-        except OSError as error:
-            if error.errno in _UNWRITABLE:
-                raise Unwritable(self.path(name), os.strerror(error.errno)) from error
-            raise
+            with naming_what_cannot_be_written(self.path(name)):
+                draft.parent.mkdir(parents=True, exist_ok=True)
+                yield draft
+                if self.is_local:
+                    _sync(draft)
+                    os.replace(draft, Path(self._base) / name)
+                    _sync(draft.parent)
+                else:
+                    self._send(draft, name)
         finally:
             draft.unlink(missing_ok=True)
 
@@ -377,6 +374,17 @@ class _PatientReader(io.RawIOBase):
             raise OSError(f"{len(content)} bytes came where {size} are stored")
         self._stream = stream  # kept only if it did well
         return content
+
+
+@contextlib.contextmanager
+def naming_what_cannot_be_written(path: str) -> Iterator[None]:
+    """Raise Unwritable with a path where the system says that a disk is full, or may not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _UNWRITABLE:
+            raise Unwritable(path, os.strerror(error.errno)) from error
+        raise
 
 
 def find_store(location: str) -> tuple[fs.FileSystem, str]:

@@ -52,14 +52,14 @@ from gsl_dist.encoders import (
     make_encoder,
 )
 from gsl_dist.encoders.crosslayer import CompressConfig
-from gsl_dist.errors import ArtefactError, ConfigError, DataError, GslError
+from gsl_dist.errors import ArtefactError, ConfigError, DataError, GslError, Unwritable
 from gsl_dist.fit import Batch, Diverged, FitConfig, Training, embed, fit
 from gsl_dist.losses import LossConfig, NeighbourConfig, level_rows, make_loss
 from gsl_dist.quantizers import LloydConfig, QuantizerConfig, Rows, Trained, make_quantizer
 from gsl_dist.ranked import POSITIVES, Mined, RankedConfig, Viewed, find_neighbours, learn_ranked
 from gsl_dist.sampling import check_batches, check_meetings, plan_epoch, plan_neighbours
 from gsl_dist.snap import SnapConfig, SnappingLayer
-from gsl_dist.storage import Folder
+from gsl_dist.storage import Folder, naming_what_cannot_be_written
 
 _START_ROWS = 16_384
 _NOTED = "checkpoint_manager_snapshot.json"
@@ -378,7 +378,7 @@ def _join_training(settings: dict[str, Any]) -> None:
         return _refresh(training, config, rows, seat)
 
     def report(training: Training) -> None:
-        _report(training, seat)
+        _report(training, config, seat)
 
     fit(training, batches, refresh, report)
 
@@ -451,15 +451,26 @@ def _teach(training: Training, codebook: Codebook, config: RankedConfig, rows: T
     return learn_ranked(taught, codebook, config, seed=training.config.seed)
 
 
-def _report(training: Training, seat: Seat) -> None:
+def _report(training: Training, config: TrainConfig, seat: Seat) -> None:
     record = asdict(training.history[-1])
     if seat.rank:
         ray.train.report(record)
-        return
+    failed = None if seat.rank else _keep(training, record, config, seat)
+    # All end together: for one that ended alone the others would wait.
+    if failed := broadcast_from_rank_zero(failed):
+        raise failed
+
+
+def _keep(training: Training, record: dict[str, Any], config: TrainConfig, seat: Seat) -> Unwritable | None:
+    """Leave a checkpoint; or give why that cannot be, which other attempts would not change."""
     seat.coordinator.remark.remote(record)
-    with tempfile.TemporaryDirectory() as folder:
-        write_state(folder, training.state())
-        ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    try:
+        with tempfile.TemporaryDirectory() as folder, naming_what_cannot_be_written(Folder(config.output).path("runs")):
+            write_state(folder, training.state())
+            ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    except Unwritable as error:
+        return error
+    return None
 
 
 def _publish(
