@@ -431,7 +431,7 @@ def main() -> None:
         app()
     except GslError as error:
         show_error("error", error)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

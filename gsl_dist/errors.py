@@ -17,6 +17,9 @@ _KEY = re.compile(r"://[^/@?]+@")
 class GslError(Exception):
     """The root: everything that gsl_dist raises on purpose."""
 
+    exit_code = 2
+    """What a process ends with that it ends: 2 where trying again would not help, 1 where it may."""
+
 
 class BadInput(GslError, ValueError):  # noqa: N818 - reads as what it is
     """A value that a caller can put right.
@@ -71,6 +74,8 @@ class Unwritable(GslError):  # noqa: N818
         path: the file.
         reason: what the system said.
     """
+
+    exit_code = 1
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = hide_key(str(path)), hide_key(reason)

@@ -87,7 +87,7 @@ def carry_out(kind: type[C], run: Callable[[C, Progress], Any], path: str, overr
         made = run(config, tell)
     except GslError as error:
         log.error("%s", error)
-        return MISTAKE
+        return error.exit_code
     if not told:  # a stage has nothing to tell where its artefact is whole
         log_progress(run.__name__.removeprefix("run_"), 1, 1, "whole already")
     sys.stdout.write(json.dumps(summarize(made), sort_keys=True) + "\n")

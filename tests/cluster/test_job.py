@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("ray")
 from gsl_dist.cluster.job import STAGES, Step, carry_out, log_progress, open_stage, read_progress
 from gsl_dist.config import ROOT, Location, Strict
-from gsl_dist.errors import ArtefactError, BadInput
+from gsl_dist.errors import ArtefactError, BadInput, Unwritable
 
 FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
 
@@ -49,6 +49,10 @@ def run_damaged(config, progress):
     raise ArtefactError("codes", "cut short")
 
 
+def run_out_of_room(config, progress):
+    raise Unwritable("codes/shard-00003.parquet", "No space left on device")
+
+
 def test_progress_is_read_back_stage_by_stage_as_it_was_written(lines):
     told = [
         ("pipeline", 0, 2, "train"),
@@ -78,6 +82,10 @@ def test_facts_are_printed_and_a_mistake_is_exit_code_2(chore, lines, capsys):
     assert read_progress(lines()) == [Step("", "chores", 3, 3, "")]
     assert carry_out(Chore, run_chore, chore, ["cuont=3"]) == 2 and "did you mean count?" in lines()
     assert carry_out(Chore, run_damaged, chore, []) == 2 and "codes: cut short" in lines()
+
+
+def test_a_full_disk_may_be_tried_again_later_and_is_exit_code_1(chore, lines):
+    assert carry_out(Chore, run_out_of_room, chore, []) == 1 and "shard-00003.parquet: it cannot be written" in lines()
 
 
 def test_a_path_in_the_copy_that_a_job_runs_in_is_refused(chore, lines, capsys, tmp_path, monkeypatch):
