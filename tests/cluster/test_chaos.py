@@ -63,8 +63,13 @@ def test_a_stage_that_finds_no_room_says_so_and_goes_on_where_there_is_more(grou
     "stage, kind", [("codebook", "worker"), ("encode", "worker"), ("encode", "node"), ("build", "driver")]
 )
 def test_on_three_nodes_too(cluster, stage, kind):
-    line = cluster.run(Trial(stage, kind, "ray"), random.Random(2))
-    assert chaos.name_breaches(line) == [] and line["faults"] > 0, line
+    faults, seed = 0, 2
+    # On a quick machine a stage may be over before the moment that was drawn.
+    while not faults and seed < 7:
+        line = cluster.run(Trial(stage, kind, "ray"), random.Random(seed))
+        assert chaos.name_breaches(line) == [], line
+        faults, seed = faults + line["faults"], seed + 1
+    assert faults > 0, "nothing was struck"
 
 
 def test_a_ledger_tells_what_was_begun_and_what_was_finished(tmp_path):
