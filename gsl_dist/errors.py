@@ -20,6 +20,9 @@ class GslError(Exception):
     exit_code = 2
     """What a process ends with that it ends: 2 where trying again would not help, 1 where it may."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
 
 class BadInput(GslError, ValueError):  # noqa: N818 - reads as what it is
     """A value that a caller can put right.
@@ -34,9 +37,6 @@ class BadInput(GslError, ValueError):  # noqa: N818 - reads as what it is
     def __init__(self, field: str, value: Any, allowed: str, status: int = 400) -> None:
         self.field, self.value, self.allowed, self.status = field, shorten(value), hide_key(allowed), status
         super().__init__(f"{field}: got {self.value}, but {self.allowed}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.args, self.__dict__)
 
 
 class ConfigError(BadInput):
@@ -63,9 +63,6 @@ class ArtefactError(GslError):
         self.path, self.reason = hide_key(str(path)), hide_key(reason)
         super().__init__(f"{self.path}: {self.reason}")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.args, self.__dict__)
-
 
 class Unwritable(GslError):  # noqa: N818
     """A place takes no more: its disk is full, or may not be written.
@@ -81,9 +78,6 @@ class Unwritable(GslError):  # noqa: N818
         self.path, self.reason = hide_key(str(path)), hide_key(reason)
         super().__init__(f"{self.path}: it cannot be written ({self.reason})")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.args, self.__dict__)
-
 
 class ShardUnavailable(GslError):  # noqa: N818
     """Shards did not answer and the caller asked for all of them.
@@ -96,9 +90,6 @@ class ShardUnavailable(GslError):  # noqa: N818
     def __init__(self, missing: list[str], total: int) -> None:
         self.missing, self.total = list(missing), total
         super().__init__(f"{len(self.missing)} of {total} shards did not answer: {', '.join(self.missing)}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.args, self.__dict__)
 
 
 class Overloaded(GslError):  # noqa: N818
@@ -113,9 +104,6 @@ class Overloaded(GslError):  # noqa: N818
         self.waiting, self.retry_after_s = waiting, retry_after_s
         super().__init__(f"{waiting} requests are being answered and no more are taken on: ask again later")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.args, self.__dict__)
-
 
 class Denied(GslError):  # noqa: N818
     """The caller shows no token (status 401), or one that does not allow what is asked (403).
@@ -128,9 +116,6 @@ class Denied(GslError):  # noqa: N818
     def __init__(self, message: str, status: int) -> None:
         self.status = status
         super().__init__(message)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.args, self.__dict__)
 
 
 def pack_error(error: GslError) -> str:
